@@ -1,0 +1,4934 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * lorch: one C file that turns a bare server into a CPU worker of an LLM orchestrator.
+ * Build: cc lorch.c -o lorch -lpthread -lm
+ *
+ * The life of a request. The I/O thread (route_serve) owns every socket and runs one poll loop. It parses
+ * POST /execute, makes a job and hands it to the intake thread, which tokenizes the prompt, checks lengths
+ * and estimates, and then refuses the job or queues it. The engine thread (engine_main) takes queued jobs
+ * into free slots, reserves all the KV blocks that each may need, and runs the model: one chunk of a
+ * prompt, then one token for every job that decodes, in turns. It samples, turns tokens into text, looks
+ * for stop sequences and gives each event to the job's sink, which formats it into the job's own buffer
+ * and wakes the I/O thread to send it. POST /cancel sets a flag in the job; the engine looks at it between
+ * layers. The engine and N-1 pool threads share each matrix product by rows. A callback thread tells the
+ * pool manager that the worker is ready.
+ *
+ * The arithmetic is defined by plain loops (quant_dot): one accumulator for each output, summed in index
+ * order with fused multiply-adds. SIMD lanes, threads and batches hold different outputs, never parts of
+ * one sum, so a job gives the same bytes on every machine, alone or in company.
+ *
+ * Errors: before the worker is ready, a bad option, file or model ends the process with one line (exit 1
+ * or 2). After that, errors are values; nothing a client sends reaches exit or abort.
+ *
+ * Not here: GPU, training, TLS, several models in one process, changing the model file.
+ *
+ * Start reading at main(), at the end; each section uses only what stands above it.
+ *
+ * Contents
+ *   Platform and memory       clocks, memory limits, threads to use, log lines
+ *   Text                      views, growing buffers, UTF-8, Unicode categories, JSON
+ *   Number formats            the blocks of quantised weights, and the specification of a dot product
+ *   GGUF                      the model file: keys and tensors, checked against its bytes
+ *   Kernels                   the arithmetic of the model, compiled once for each instruction set
+ *   Thread pool               one function over many items, on all threads
+ *   Tokenizers                text to ids and back: SentencePiece and byte-level BPE
+ *   KV cache                  blocks of keys and values, and the sequences that hold them
+ *   Model                     shapes, tensors, memory, and the forward pass
+ *   Sampling                  logits to the next token, by seed and index
+ *   Engine                    jobs: queue, prefill, decode, text, stop sequences, cancel, deadlines
+ *   Embedding interface       the functions of lorch.h
+ *   HTTP                      connections, requests and responses, strictly
+ *   Routes                    what each path does; the job's events as SSE
+ *   Pool-manager client       the ready callback
+ *   Command line              options, subcommands, main
+ */
+#ifndef LORCH_LEVEL /* The kernel section includes this file again, once for each instruction set. */
+
+/* ==== Platform and memory ==================================================================
+ * What differs between machines: clocks, page cache, memory limits, CPU counts. Also the limits of the
+ * program (each with its reason) and the log. Owns the process-wide log settings and nothing else. */
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1 /* sched_getaffinity, POLLRDHUP, accept4, getrandom-style calls */
+#endif
+#include "lorch.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#endif
+
+/* The bare `cc lorch.c` has no -O: under GCC the file switches optimisation on itself. Contraction of
+ * a*b+c into a fused operation is off: where one is meant it is written, so that every compiler agrees. */
+#if defined __GNUC__ && !defined __clang__
+#if !defined __OPTIMIZE__ && !defined LORCH_DEBUG
+#pragma GCC optimize("O3")
+#define LORCH_OPTIMISED 1
+#endif
+#pragma GCC optimize("fp-contract=off", "no-math-errno", "no-trapping-math")
+#elif defined __clang__
+#pragma STDC FP_CONTRACT OFF
+#endif
+#if defined __OPTIMIZE__ && !defined LORCH_OPTIMISED
+#define LORCH_OPTIMISED 1
+#endif
+
+#if defined __FAST_MATH__
+#error "lorch promises the same bits everywhere: do not compile it with -ffast-math"
+#endif
+#if defined __i386__ && !defined __SSE2_MATH__
+#if defined __GNUC__ && !defined __clang__
+#pragma GCC target("sse2,fpmath=sse")
+#else
+#error "32-bit x86 needs -msse2 -mfpmath=sse: x87 arithmetic rounds differently"
+#endif
+#endif
+#if defined __BYTE_ORDER__ && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "lorch maps little-endian model files in place and so needs a little-endian machine"
+#endif
+
+#define LORCH_INLINE static inline __attribute__((always_inline, unused))
+
+#define LORCH_VERSION "0.1.0"
+
+enum { /* Limits. Each has its reason; the tests stand on both sides. */
+    MAX_THREADS = 256,        /* more compute threads than any socket has cores */
+    MAX_PARALLEL = 64,        /* jobs that decode together: logits rows are reserved for them */
+    MAX_QUEUE = 4096,         /* waiting jobs: each holds its prompt and an event buffer */
+    MAX_HEAD_BYTES = 16384,   /* request line and headers together */
+    MAX_HEADERS = 100,        /* header lines in one request */
+    MAX_BODY_BYTES = 1 << 20, /* a 32768-character prompt in \u escapes is 384 KiB at most */
+    MAX_JSON_DEPTH = 64,      /* one bit of a 64-bit word for each open bracket */
+    MAX_PROMPT_CHARS = 32768, /* the contract's */
+    MAX_JOB_ID_BYTES = 256,   /* the contract's */
+    MAX_STOPS = 4,            /* the contract's */
+    MAX_STOP_TOKENS = 32,     /* the contract's */
+    MAX_FIELD_ERRORS = 32,    /* more than /execute has fields */
+    MAX_LOG_LINE = 4096,      /* at most PIPE_BUF, so that a line is written whole or not at all */
+    MAX_LAYERS = 1024,        /* the deepest known model has 126 */
+    MAX_HEAD_DIM = 1024,      /* attention scratch is sized by it */
+    MAX_CONTEXT = 1 << 24,    /* positions; keeps products of shapes far from overflow */
+    MAX_VOCAB = 1 << 24,      /* the largest known vocabulary has 262,144 entries */
+    KV_BLOCK = 64,            /* positions in a KV block: also attention's fixed block of positions */
+    ROW_TILE = 16             /* weight rows that one kernel call computes */
+};
+
+static double sys_now(void) { /* seconds, monotonic */
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int64_t sys_unix_ms(void) { /* milliseconds since 1970, as X-Deadline counts them */
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+/* "2025-10-03T20:00:00.123Z"; without the milliseconds if with_ms is 0. */
+static void sys_timestamp(char out[32], int with_ms) {
+    struct timespec t;
+    struct tm tm;
+    clock_gettime(CLOCK_REALTIME, &t);
+    gmtime_r(&t.tv_sec, &tm);
+    size_t n = strftime(out, 32, "%Y-%m-%dT%H:%M:%S", &tm);
+    if (with_ms) snprintf(out + n, 32 - n, ".%03dZ", (int)(t.tv_nsec / 1000000));
+    else snprintf(out + n, 32 - n, "Z");
+}
+
+/* Random bytes for ids and seeds; the clock helps out where /dev/urandom is missing. */
+static uint64_t sys_random(void) {
+    uint64_t r = 0;
+    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd >= 0 ? read(fd, &r, sizeof r) : -1;
+    if (fd >= 0) close(fd);
+    if (n == (ssize_t)sizeof r) return r;
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    return ((uint64_t)t.tv_nsec << 32 ^ (uint64_t)t.tv_sec ^ (uint64_t)getpid() << 20) * 0x9E3779B97F4A7C15u;
+}
+
+static void sys_uuid(char out[37]) { /* a random UUID, version 4 */
+    uint64_t a = sys_random(), b = sys_random();
+    snprintf(out, 37, "%08x-%04x-4%03x-%04x-%04x%08x", (unsigned)(a >> 32), (unsigned)(a >> 16 & 0xffff),
+             (unsigned)(a & 0xfff), (unsigned)(b >> 48 & 0x3fff) | 0x8000, (unsigned)(b >> 32 & 0xffff),
+             (unsigned)(b & 0xffffffff));
+}
+
+/* Reads a small file (of /proc or /sys) as text. Returns its length, or -1. */
+static int sys_read_file(const char *path, char *buf, int cap) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC), n = 0;
+    if (fd < 0) return -1;
+    while (n < cap - 1) {
+        ssize_t r = read(fd, buf + n, (size_t)(cap - 1 - n));
+        if (r < 0 && errno == EINTR) continue;
+        if (r <= 0) break;
+        n += (int)r;
+    }
+    close(fd);
+    buf[n] = 0;
+    return n;
+}
+
+static void *sys_zalloc(size_t n, size_t size) { return calloc(n ? n : 1, size ? size : 1); }
+
+/* Zeroed pages that are not in memory until they are touched. NULL when there is no room. */
+static void *sys_pages(size_t bytes) {
+    void *p = mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void sys_pages_free(void *p, size_t bytes) {
+    if (p) munmap(p, bytes ? bytes : 1);
+}
+
+/* A thread with an explicit stack: musl's default of 128 KiB is too small for comfort. */
+static int sys_thread(pthread_t *id, void *(*fn)(void *), void *arg) {
+    pthread_attr_t attr;
+    sigset_t all, old;
+    if (pthread_attr_init(&attr)) return -1;
+    pthread_attr_setstacksize(&attr, 1 << 20);
+    sigfillset(&all); /* signals are for the I/O thread alone */
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    int rc = pthread_create(id, &attr, fn, arg);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    pthread_attr_destroy(&attr);
+    return rc;
+}
+
+/* Condition variables wait on the monotonic clock, so that a change of the date wakes nobody. */
+static void sys_cond_init(pthread_cond_t *c) {
+    pthread_condattr_t attr;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(c, &attr);
+    pthread_condattr_destroy(&attr);
+}
+
+static void sys_cond_wait(pthread_cond_t *c, pthread_mutex_t *m, double seconds) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    double until = (double)t.tv_nsec * 1e-9 + seconds;
+    t.tv_sec += (time_t)until;
+    t.tv_nsec = (long)((until - (double)(time_t)until) * 1e9);
+    pthread_cond_timedwait(c, m, &t);
+}
+
+/* ---- cgroups and limits: this process's group in /proc/self/cgroup, and all its ancestors ---- */
+
+typedef void (*sys_cgroup_fn)(const char *dir, int version, void *user);
+
+/* Calls fn for every directory from the process's own group up to the root of each hierarchy that
+ * `controller` names (v1) or of the unified one (v2). Missing directories are skipped by fn. */
+static void sys_cgroup_walk(const char *controller, sys_cgroup_fn fn, void *user) {
+    char text[8192], dir[4608];
+    if (sys_read_file("/proc/self/cgroup", text, sizeof text) <= 0) return;
+    char *save = NULL;
+    for (char *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
+        char *names = strchr(line, ':'), *path = names ? strchr(names + 1, ':') : NULL;
+        if (!path) continue;
+        *path++ = 0;
+        names++;
+        int version = *names ? 1 : 2, match = version == 2;
+        for (char *s2 = NULL, *n = strtok_r(names, ",", &s2); n && !match; n = strtok_r(NULL, ",", &s2))
+            match = strcmp(n, controller) == 0;
+        if (!match) continue;
+        for (;;) {
+            int root = version == 2 ? snprintf(dir, sizeof dir, "/sys/fs/cgroup")
+                                    : snprintf(dir, sizeof dir, "/sys/fs/cgroup/%s", controller);
+            snprintf(dir + root, sizeof dir - (size_t)root, "%s", strcmp(path, "/") ? path : "");
+            fn(dir, version, user);
+            char *slash = strrchr(path, '/');
+            if (!slash || !*path || strcmp(path, "/") == 0) break;
+            *slash = 0;
+        }
+    }
+}
+
+static void sys_cpu_quota_in(const char *dir, int version, void *user) {
+    char path[4700], text[128];
+    double *least = user, quota = 0, period = 0;
+    if (version == 2) {
+        snprintf(path, sizeof path, "%s/cpu.max", dir);
+        if (sys_read_file(path, text, sizeof text) <= 0 || strncmp(text, "max", 3) == 0) return;
+        if (sscanf(text, "%lf %lf", &quota, &period) != 2) return;
+    } else {
+        snprintf(path, sizeof path, "%s/cpu.cfs_quota_us", dir);
+        if (sys_read_file(path, text, sizeof text) <= 0) return;
+        quota = strtod(text, NULL);
+        snprintf(path, sizeof path, "%s/cpu.cfs_period_us", dir);
+        if (sys_read_file(path, text, sizeof text) <= 0) return;
+        period = strtod(text, NULL);
+    }
+    if (quota > 0 && period > 0 && quota / period < *least) *least = quota / period;
+}
+
+static int sys_affinity_count(cpu_set_t *set) {
+    CPU_ZERO(set);
+    if (sched_getaffinity(0, sizeof *set, set) == 0 && CPU_COUNT(set) > 0) return CPU_COUNT(set);
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    for (long i = 0; i < n && i < CPU_SETSIZE; i++) CPU_SET((int)i, set);
+    return n > 0 ? (int)n : 1;
+}
+
+/* Counts physical cores in the set: a CPU counts if it is the first of its siblings that the set holds. */
+static int sys_physical_cores(const cpu_set_t *set) {
+    int cores = 0;
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        char path[96], text[256];
+        if (!CPU_ISSET(cpu, set)) continue;
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        int first = cpu;
+        if (sys_read_file(path, text, sizeof text) > 0) {
+            for (char *p = text; *p >= '0' && *p <= '9';) { /* "0-1,4" */
+                long from = strtol(p, &p, 10), to = from;
+                if (*p == '-') to = strtol(p + 1, &p, 10);
+                for (long c = from; c <= to && c < CPU_SETSIZE; c++)
+                    if (CPU_ISSET((int)c, set) && c < first) first = (int)c;
+                if (*p == ',') p++;
+            }
+        }
+        cores += first == cpu;
+    }
+    return cores > 0 ? cores : 1;
+}
+
+/* The threads to use by default: the least of affinity mask, CPU quota and physical cores. */
+static int sys_default_threads(const char **reason) {
+    cpu_set_t set;
+    int n = sys_affinity_count(&set), cores = sys_physical_cores(&set);
+    double quota = 1e9;
+    *reason = "CPU affinity";
+    if (cores < n) n = cores, *reason = "physical cores";
+    sys_cgroup_walk("cpu", sys_cpu_quota_in, &quota);
+    if (quota < n) n = quota < 1 ? 1 : (int)quota, *reason = "cgroup CPU quota";
+    return n < MAX_THREADS ? n : MAX_THREADS;
+}
+
+static double sys_read_number(const char *dir, const char *file) { /* -1 where there is none, or "max" */
+    char path[4700], text[64];
+    snprintf(path, sizeof path, "%s/%s", dir, file);
+    if (sys_read_file(path, text, sizeof text) <= 0 || text[0] < '0' || text[0] > '9') return -1;
+    return strtod(text, NULL);
+}
+
+static void sys_memory_in(const char *dir, int version, void *user) {
+    double *least = user;
+    double limit = sys_read_number(dir, version == 2 ? "memory.max" : "memory.limit_in_bytes");
+    double used = sys_read_number(dir, version == 2 ? "memory.current" : "memory.usage_in_bytes");
+    if (limit < 0 || used < 0) return;
+    char path[4700], text[8192]; /* file pages can be reclaimed: they do not count as used */
+    snprintf(path, sizeof path, "%s/memory.stat", dir);
+    if (sys_read_file(path, text, sizeof text) > 0) {
+        const char *key = version == 2 ? "\ninactive_file " : "\ntotal_inactive_file ";
+        const char *p = strstr(text, key);
+        if (p) used -= strtod(p + strlen(key), NULL);
+    }
+    if (limit - used < *least) *least = limit - used > 0 ? limit - used : 0;
+}
+
+/* Bytes that this process may still take: MemAvailable, the cgroups' limits, RLIMIT_AS. */
+static uint64_t sys_memory_available(void) {
+    char text[4096];
+    double least = 1e18;
+    if (sys_read_file("/proc/meminfo", text, sizeof text) > 0) {
+        const char *p = strstr(text, "MemAvailable:");
+        if (p) least = strtod(p + 13, NULL) * 1024;
+    }
+    sys_cgroup_walk("memory", sys_memory_in, &least);
+    struct rlimit lim;
+    if (getrlimit(RLIMIT_AS, &lim) == 0 && lim.rlim_cur != RLIM_INFINITY && (double)lim.rlim_cur < least)
+        least = (double)lim.rlim_cur;
+    if (sizeof(void *) == 4 && least > 2e9) least = 2e9;
+    return (uint64_t)least;
+}
+
+typedef struct {
+    uint64_t resident;   /* bytes of this process in memory */
+    uint64_t file_pages; /* those of them that belong to mapped files: almost all of it the model */
+} sys_memory;
+
+static sys_memory sys_memory_used(void) {
+    char text[128];
+    unsigned long long total = 0, resident = 0, shared = 0;
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    sys_memory m = {0, 0};
+    if (sys_read_file("/proc/self/statm", text, sizeof text) > 0 &&
+        sscanf(text, "%llu %llu %llu", &total, &resident, &shared) == 3)
+        m.resident = resident * page, m.file_pages = shared * page;
+    return m;
+}
+
+/* ==== Text =================================================================================
+ * Views (str), growing buffers (buf), UTF-8, Unicode categories, JSON in and out, and the log, which is
+ * JSON. A str is never owned and never ends in NUL: whoever made it says how long it lives. A buf owns its
+ * bytes; when memory runs out it sets `failed` and ignores further writes, so one check at the end does. */
+
+typedef struct {
+    const char *ptr;
+    size_t len;
+} str;
+
+static str str_of(const char *s) {
+    str r = {s, strlen(s)};
+    return r;
+}
+static str str_make(const char *p, size_t n) {
+    str r = {p, n};
+    return r;
+}
+static int str_eq(str a, str b) { return a.len == b.len && memcmp(a.ptr, b.ptr, a.len) == 0; }
+static int str_is(str a, const char *b) { return str_eq(a, str_of(b)); }
+static char str_lower(char c) { return c >= 'A' && c <= 'Z' ? (char)(c + 32) : c; }
+static int str_ieq(str a, const char *b) { /* ASCII letters without case: header names and tokens */
+    if (a.len != strlen(b)) return 0;
+    for (size_t i = 0; i < a.len; i++)
+        if (str_lower(a.ptr[i]) != str_lower(b[i])) return 0;
+    return 1;
+}
+static str str_trim(str a) { /* without spaces and tabs at both ends */
+    while (a.len && (*a.ptr == ' ' || *a.ptr == '\t')) a.ptr++, a.len--;
+    while (a.len && (a.ptr[a.len - 1] == ' ' || a.ptr[a.len - 1] == '\t')) a.len--;
+    return a;
+}
+static uint64_t str_hash(str a) { /* FNV-1a: for tables whose keys come from a model file, compared in full */
+    uint64_t h = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < a.len; i++) h = (h ^ (unsigned char)a.ptr[i]) * 0x100000001b3u;
+    return h ^ h >> 29;
+}
+static char *str_dup(str a) { /* a copy that ends in NUL; the caller frees it; NULL when out of memory */
+    char *p = malloc(a.len + 1);
+    if (p) memcpy(p, a.ptr, a.len), p[a.len] = 0;
+    return p;
+}
+
+typedef struct {
+    char *ptr;
+    size_t len, cap;
+    int failed;
+} buf;
+
+static int buf_reserve(buf *b, size_t more) {
+    if (b->failed || more > (size_t)1 << 40) return b->failed = 1, 0;
+    if (b->cap - b->len >= more) return 1;
+    size_t cap = b->cap ? b->cap * 2 : 256;
+    while (cap < b->len + more) cap *= 2;
+    char *p = realloc(b->ptr, cap);
+    if (!p) return b->failed = 1, 0;
+    b->ptr = p, b->cap = cap;
+    return 1;
+}
+static void buf_add(buf *b, const void *p, size_t n) {
+    if (n && buf_reserve(b, n)) memcpy(b->ptr + b->len, p, n), b->len += n;
+}
+static void buf_puts(buf *b, const char *s) { buf_add(b, s, strlen(s)); }
+static void buf_putc(buf *b, char c) { buf_add(b, &c, 1); }
+static void buf_free(buf *b) {
+    free(b->ptr);
+    memset(b, 0, sizeof *b);
+}
+static void buf_vprintf(buf *b, const char *fmt, va_list ap) {
+    va_list again;
+    va_copy(again, ap);
+    int n = vsnprintf(NULL, 0, fmt, again);
+    va_end(again);
+    if (n < 0 || !buf_reserve(b, (size_t)n + 1)) return;
+    vsnprintf(b->ptr + b->len, (size_t)n + 1, fmt, ap);
+    b->len += (size_t)n;
+}
+__attribute__((format(printf, 2, 3))) static void buf_printf(buf *b, const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    buf_vprintf(b, fmt, ap);
+    va_end(ap);
+}
+static void buf_drop(buf *b, size_t n) { /* removes the first n bytes */
+    memmove(b->ptr, b->ptr + n, b->len - n);
+    b->len -= n;
+}
+static str buf_str(const buf *b) { return str_make(b->ptr ? b->ptr : "", b->len); }
+static const char *buf_cstr(buf *b) { /* ends in NUL; "" when memory ran out */
+    buf_putc(b, 0);
+    if (b->failed) return "";
+    b->len--;
+    return b->ptr;
+}
+
+/* ---- UTF-8 ---- */
+
+/* Looks at the first code point of p[0..n). Returns its length and sets *cp; or 0 when the bytes are the
+ * beginning of a code point but end too soon; or -k when the first k bytes can be no part of any
+ * code point (k as in Unicode's "maximal subpart", section 3.9, so that each run becomes one U+FFFD). */
+static int utf8_decode(const char *s, size_t n, uint32_t *cp) {
+    const unsigned char *p = (const unsigned char *)s;
+    if (n == 0) return 0;
+    unsigned c = p[0], need, lo = 0x80, hi = 0xbf, v;
+    if (c < 0x80) return *cp = c, 1;
+    if (c >= 0xc2 && c <= 0xdf) need = 1, v = c & 31;
+    else if (c >= 0xe0 && c <= 0xef) need = 2, v = c & 15, lo = c == 0xe0 ? 0xa0 : 0x80, hi = c == 0xed ? 0x9f : 0xbf;
+    else if (c >= 0xf0 && c <= 0xf4) need = 3, v = c & 7, lo = c == 0xf0 ? 0x90 : 0x80, hi = c == 0xf4 ? 0x8f : 0xbf;
+    else return -1;
+    for (unsigned i = 1; i <= need; i++) {
+        if (i >= n) return 0;
+        if (p[i] < lo || p[i] > hi) return -(int)i;
+        v = v << 6 | (p[i] & 63u);
+        lo = 0x80, hi = 0xbf;
+    }
+    *cp = v;
+    return (int)need + 1;
+}
+
+static int utf8_encode(uint32_t c, char out[4]) {
+    if (c < 0x80) return out[0] = (char)c, 1;
+    if (c < 0x800) return out[0] = (char)(0xc0 | c >> 6), out[1] = (char)(0x80 | (c & 63)), 2;
+    if (c < 0x10000)
+        return out[0] = (char)(0xe0 | c >> 12), out[1] = (char)(0x80 | (c >> 6 & 63)), out[2] = (char)(0x80 | (c & 63)), 3;
+    out[0] = (char)(0xf0 | c >> 18), out[1] = (char)(0x80 | (c >> 12 & 63));
+    out[2] = (char)(0x80 | (c >> 6 & 63)), out[3] = (char)(0x80 | (c & 63));
+    return 4;
+}
+
+/* The number of code points, or -1 if the text is not UTF-8. */
+static int64_t utf8_count(str s) {
+    int64_t n = 0;
+    for (size_t i = 0; i < s.len; n++) {
+        uint32_t cp;
+        int k = utf8_decode(s.ptr + i, s.len - i, &cp);
+        if (k <= 0) return -1;
+        i += (size_t)k;
+    }
+    return n;
+}
+
+/* ---- Unicode general categories ---- */
+
+enum unicode_category { /* in the order of the letters A-Z, a-d of unicode_runs */
+    UC_LU, UC_LL, UC_LT, UC_LM, UC_LO, UC_MN, UC_MC, UC_ME, UC_ND, UC_NL, UC_NO, UC_PC, UC_PD, UC_PS, UC_PE,
+    UC_PI, UC_PF, UC_PO, UC_SM, UC_SC, UC_SK, UC_SO, UC_ZS, UC_ZL, UC_ZP, UC_CC, UC_CF, UC_CS, UC_CO, UC_CN
+};
+
+/* The category of every code point from 0 on, as runs: a letter (the category) and the length of the run
+ * if it is more than 1; z and a number stand for that many pairs of Lu, Ll. Made by
+ * tests/mkunicode.py from Unicode 15.1's UnicodeData.txt. */
+static const char *const unicode_runs[] = {
+    "Z32WR3TR3NORSRMR2I10R2S3R2A26NROULUB26NSOSZ33WRT4VRUVEPSaVUVSK2UBR2UKEQK3RA23SA7B24SB8z27AB2",
+    "z7AB2z23A2BABAB3A2BABA2BA3B2A4BA2BA3B3A2BA2Bz2A2BAB2ABA2BA3BABA2B2EAB3E4ACBACBACBz7AB2z8AB2A",
+    "CBABA3Bz28AB7A2BA2B2ABA4Bz3AB69EB27D18U4D12U14D5U7DUDU17F112z2DUABd2DB3RAd4U2ARA3dAdA2BA17d",
+    "A9B35AB2A3B3z11AB5ABSABA2B2A51B48z17VF5H2z27A2Bz5AB2z48dA38d2DR6B41RMd2V2TdF45MFRF2RF2RFd8",
+    "E27d4E4R2d11a6S3R2TR2V2F11RaR3E32DE10F21I10R4E2FE99REF7aVF6D2F2VF4E2I10E3V2ER14daEFE30F27d2",
+    "E89F11Ed14I10E33F9D2VR3Dd2FT2E22F4DF9DF3DF5d2R15dE25F3d2RdE11d5E24UE6da2d6F8E41DF24aF32GE54F",
+    "GFEG3F8G4FG2EF7E10F2R2I10RDE15FG2dE8d2E2d2E22dE7dEd3E4d2FEG3F4d2G2d2G2FEd8Gd4E2dE3F2d2I10E2",
+    "T2K6VTERFd2F2GdE6d4E2d2E22dE7dE2dE2dE2d2FdG3F2d4F2d2F3d3Fd7E4dEd7I10F2E3FRd10F2GdE9dE3dE22d",
+    "E7dE2dE5d2FEG3F5dF2GdG2Fd2Ed15E2F2d2I10RTd7EF6dFG2dE8d2E2d2E22dE7dE2dE5d2FEGFGF4d2G2d2G2Fd7",
+    "F2Gd4E2dE3F2d2I10VEK6d10FEdE6d3E3dE4d3E2dEdE2d3E2d3E3d3E12d4G2FG2d3G3dG3Fd2Ed6Gd14I10K3V6TV",
+    "d5FG3FE8dE3dE23dE16d2FEF3G4dF3dF4d7F2dE3d2Ed2E2F2d2I10d7RK7VEFG2RE8dE3dE23dE10dE5d2FEGFG5dF",
+    "G2dG2F2d7G2d6E2dE2F2d2I10dE2Gd12F2G2E9dE3dE41F2EG3F4dG3dG3FEVd4E3GK7E3F2d2I10K9VE6dFG2dE18d3",
+    "E24dE9dEd2E7d3Fd4G3F3dFdG8d6I10d2G2Rd12E48FE2F7d4TE6DF8RI10R2d37E2dEdE5dE24dEdE10FE2F9Ed2E5d",
+    "DdF7dI10d2E4d32EV3R15VRV3F2V6I10K10VFVFVFNONOG2E8dE36d4F14GF5RF2E5F11dF36dV8FV6dV2R5V4R2d37",
+    "E43G2F4GF6GF2G2F2EI10R6E6G2F2E4F3EG3E2G7E3F4E13FG2F2G6FEGI10G3FV2A38dAd5Ad2B43RDB3E329dE4d2",
+    "E7dEdE4d2E41dE4d2E33dE4d2E7dEdE4d2E15dE57dE4d2E67d2F3R9K20d3E16V10d6A86d2B6d2ME620VRE17WE26N",
+    "Od3E75R3J3E8d7E18F3Gd9E19F2GR2d9E18F2d12E13dE3dF2d12E52F2GF7G8FG2F11R3DR3TEFd2I10d6K10d6R6M",
+    "R4F3aFI10d6E35DE53d7E5F2E34FEd5E70d10E31dF3G4F2G3d4G2FG6F3d4Vd3R2I10E30d2E5d11E44d4E26d6I10K",
+    "d3V34E23F2G2Fd2R2E53GFGF7dFGFG2F8G6F10d2FI10d6I10d6R7DR6d2F14HF16d49F4GE47FGF5GFG5FG2E8d3I10",
+    "R7V10F9V9R2dF2GE30GF4G2F2GF3E2I10E44FGF2G3FGF3G2d8R4E36G8F8G2F2d3R5I10d3E3I10E30D6R2B9d7A43",
+    "d2A3R8d8F3RF13GF7E4FE6FE2GF2Ed5B44D63B13DB34D37F64z74AB9z48AB9A8B6d2A6d2B8A8B8A8B6d2A6d2B8dA",
+    "dAdAdAB8A8B14d2B8C8B8C8B8C8B5dB2A4CUBU3B3dB2A4CU3B4d2B2A4dU3B8A5U3d2B3dB2A4CU2dW11a5M6R2PQN",
+    "P2QNPR8XYa5WR9PQR4L2R3SNOR11SRLR10Wa5da10KDd2K6S3NODK10S3NOdD13d3T33d15F13H4FH3F12d15V2AV4A",
+    "V2BA3B2A3BVAV2SA5V6AVAVAVA4VBA4BE4BV2B2A2S5AB4VSV2BVK16J35ABJ4KV2d4S5V5S2V4SV2SV2SV7SV31S2V2",
+    "SVSV31S268V8NONOV20S2V7NOV81SV30S25V40S6V69d25V11d21K60V78K22V183SV9SV54S8V111SV248NONONONON",
+    "ONONOK30V44S5NOS31NONONONONOS16V256S131NONONONONONONONONONONOS63NONOS32NOS258V48S21V2S6V39d2",
+    "V32dV105A48B48ABA3B2z3A4BAB2AB6D2A3Bz48AB2V6z2F3ABd5R4KR2B38dBd5Bd2E56d7DRd14FE23d9E7dE7dE7d",
+    "E7dE7dE7dE7dE7dF32R2PQPQR3PQRPQR9MR2MRPQR2PQNONONONOR5DR10M2R4MRNR13V2R3NONONONOMd34V26dV89",
+    "d12V214d26V12d4WR3VDEJNONONONONOV2NONONONOMNO2VJ9F4G2MD5V2J3DERV2dE86d2F2U2D2EME90RD3Ed5E43d",
+    "E94dV2K4V10E32V36d12E16V31dK10V30K8VK15V32K10V39K15V320E6592V64E21013DE1143d3V55d9E40D6R2",
+    "E268DR3E16I10E2d20z23EFH3RF10RDz14D2F2E70J10F2R6d8U23D9U2z6AB3z31DB8z2A2Bz4DU2z2EABAB3z10A5B",
+    "A5Bz7A4BABd5ABdBdBz2d24D3ABED2BE7FE3FE4FE23G2F2GV4Fd3K6V2TVd6E52R4d8G2E50G16F2d8R2I10d6F18E6",
+    "R3ERE2FI10E28F8R2E23F11G2d11RE29d3F3GE47FG2F4G2F2G3R13dDI10d4R2E5FDE9I10E5dE41F6G2F2G2F2d9E3",
+    "FE8FGd2I10d2R4E16DE6V3EGFGE50FEF3E2F2E5F2EFEd24E2DR2E11GF2G2R2ED2GFd10E6d2E6d2E6d9E7dE7dB43U",
+    "D4B9DU2d4B80E35G2FG2FG2RGFd2I10d6E11172d12E23d4E49d4b2048c6400E366d2E106d38B7d12B5d5EFE10S",
+    "E13dE5dEdE2dE2dE108U17d16E363ONV16E64d2E54d7Vd32E12TV3F16R7NORd6F16RM2L2NONONONONONONONOR2NO",
+    "R4L3R3dR4MNONONOR3SMS3dRTR2d4E5dE135d2adR3TR3NORSRMR2I10R2S3R2A26NROULUB26NSOSNORNOR2E10DE45",
+    "D2E31d3E6d2E6d2E6d2E3d3T2SUVT2dVS4V2d10a3V2d2E12dE26dE19dE2dE15d2E14d34E123d5R3d4K45d3V9J53",
+    "K4V17K2V3dV13d3Vd47V45Fd130E29d3E49d15FK27d4E32K4d9E20JE8Jd5E38F5d5E30dRE36d4E8RJ5d42A40B40",
+    "E78d2I10d6A36d4B36d4E40d8E52d11RA11dA15dA7dA2dB11dB15dB7dB2d67E311d9E22d10E8d24D6dD42dD9d69",
+    "E6d2EdE44dE2d3Ed2E23dRK8E23V2K7E31d8K9d48E19dE2d5K5E22K6d3RE26d5Rd64E56d4K2E2K16d2K46EF3dF2",
+    "d5F4E4dE3dE29d2F3d4FK9d7R9d7E29K2RE29K3d32E8VE28F2d4K5R7d9E54d3R7E22d2K8E19d5K8E18d7R4d12K7",
+    "d80E73d55A51d13B51d7K6E36F4d8I10d294K31dE42dF2Md2E2d75F3E29K10Ed8E22F11K4R5d22E18F4R4d38E21",
+    "K7d20E23d9GFGE53F15R7d4K20I10FE2F2Ed9F3GE45G3F4G2F2R2aR4Fd10ad2E25d7I10d6F3E36F5GF8dI10R4EG2",
+    "Ed8E35FR2Ed9F2GE48G3F9G2E4R4F4RGFI10ERER3dK20d11E18dE25G3F3G2FGF2R6FE2Fd62E7dEdE4dE15dE10Rd6",
+    "E47FG3F8d5I10d6F2G2dE8d2E2d2E22dE7dE2dE5dF2EG2FG4d2G2d2G3d2Ed6Gd5E5G2d2F7d3F5d139E53G3F8G2F3",
+    "GFE4R5I10R2dRFE3d30E48G3F6GFG4F2GF2E2REd8I10d166E47G3F4d2G4F2GF2R23E4F2d34E48G3F8G2FGF2R3E",
+    "d11I10d6R13d19E43FGFG2F6GFERd6I10d54E27d2F3G2F4GF5d4I10K2R3VE7d185E44G3F9GF2Rd100A32B32I10K9",
+    "d12E8d2Ed2E8dE2dE24G6dG2d2F2GFEGEGFR3d9I10d70E8d2E39G3F4d2F2G4FEREGd27EF10E40F6GEF4R8Fd8EF6",
+    "G2F3E46F13GF2R3ER5d13E73d7R10d246E9dE37GF7dF6GFER5d10I10K19d3R2E30d2F22dGF7GF2GF2d73E7dE2d",
+    "E38F6d3FdF2dF7EFd8I10d6E6dE2dE32G5dF2dG2FGFEd7I10d310E19F2G2R2d7F2EGE13dE34G2F5d3G2FGFR13I10",
+    "d86Ed15K21V8T4V17d13RE922d102J111dR5d11E196d2636E97R2d13E1072a16FE6F15d4010E583d8633E569d7",
+    "E31dI10d4R2E79dI10d6E30d2F5Rd10E48F7R5V4D4RVd10I10dK7dE21d5E19d688A32B32K23R4d101E75d4FEG55",
+    "d7F4D13d64D2RDFd11G2d14E6136d8E1238d42E9d8935D4dD7dD2dE291d15Ed29E3d2Ed14E4d8E396d2308E107d5",
+    "E13d3E9d7E10d2VF2Ra4d4700F46d2F23d9V116d60V246d10V39d2V60G2F3V3G6a8F8V2F7V30F4V61d21V66F3V",
+    "d122K20d12K20d12V87d9K25d135A26B26A26B7dB18A26B26AdA2d2Ad2A2d2A4dA8B4dBdB7dB11A26B26A2dA4d2",
+    "A8dA7dB26A2dA4dA5dAd3A7dB26A26B26A26B26A26B26A26B26A26B26A26B28d2A25SB25SB6A25SB25SB6A25SB25",
+    "SB6A25SB25SB6A25SB25SB6ABd2I50V512F55V4F50V8FV14FV2R5d15F5dF15d1104B10EB20d6B6d213F7dF17d2F7",
+    "dF2dF5d5D62d33Fd112E45d3F7D7d2I10d4EVd320E30Fd17E44F4I10d5Td464E27DF4I10d742E7dE4dE2dE15d",
+    "E197d2K9F7d41A34B34F7Dd4I10d4R2d785K59VK3TK4d76K45VK15d194E4dE27dE2dEd2EdE10dE4dEdEd6Ed4EdEd",
+    "EdE3dE2dEd2EdEdEdEdEdE2dEd2E4dE7dE4dE4dEdE10dE17d5E3dE5dE17d52S2d270V44d4V100d12V15d2V15dV15",
+    "dV37d10K13V161d56V29d13V44d4V9d7V2d14V6d154V251U5V728d4V17d3V13d3V119d4V95d6V12d4Vd15V12d4",
+    "V56d8V10d6V40d8V30d2V2d78V340d12V14d2V13d3V9d7V46dV7d8V14d4V9d7V9d7V147dV55d37I10d1030E42720",
+    "d32E4154d6E222d2E5762d14E7473d15E622d2466E542d1506E4939d5E4192d711761ad30a96d128F240d65040",
+    "c65534d2c65534d2",
+};
+
+static struct {
+    pthread_once_t once;
+    int n;
+    uint32_t first[4096]; /* ascending starts of the runs */
+    unsigned char category[4096];
+} unicode_table = {PTHREAD_ONCE_INIT, 0, {0}, {0}};
+
+static void unicode_expand(void) {
+    uint32_t at = 0;
+    int n = 0;
+    for (size_t line = 0; line < sizeof unicode_runs / sizeof *unicode_runs; line++) {
+        for (const char *p = unicode_runs[line]; *p;) {
+            char c = *p++;
+            uint32_t len = *p >= '0' && *p <= '9' ? (uint32_t)strtoul(p, (char **)&p, 10) : 1;
+            uint32_t runs = c == 'z' ? 2 * len : 1;
+            for (uint32_t i = 0; i < runs; i++) {
+                unicode_table.first[n] = at;
+                unicode_table.category[n++] = (unsigned char)(c == 'z' ? i & 1 : c <= 'Z' ? (uint32_t)(c - 'A') : (uint32_t)(c - 'a') + 26);
+                at += c == 'z' ? 1 : len;
+            }
+        }
+    }
+    unicode_table.n = n;
+}
+
+static int unicode_category(uint32_t cp) {
+    pthread_once(&unicode_table.once, unicode_expand);
+    int lo = 0, hi = unicode_table.n - 1;
+    while (lo < hi) { /* the last run that begins at or before cp */
+        int mid = (lo + hi + 1) / 2;
+        if (unicode_table.first[mid] <= cp) lo = mid;
+        else hi = mid - 1;
+    }
+    return unicode_table.category[lo];
+}
+
+static int unicode_is_space(uint32_t c) { /* the White_Space property */
+    return (c >= 9 && c <= 13) || c == ' ' || c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
+           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
+}
+
+/* ---- JSON, reading (RFC 8259) ----
+ * A pull reader: json_next gives one event at a time and keeps no tree, so memory does not depend on the
+ * document and nesting costs one bit. The first error sticks. Grammar, with the state that expects it:
+ *   value  = object | array | string | number | "true" | "false" | "null"        (JSON_AT_VALUE)
+ *   object = "{" [ string ":" value *( "," string ":" value ) ] "}"               (JSON_AT_FIRST, JSON_AT_KEY)
+ *   array  = "[" [ value *( "," value ) ] "]"                                     (JSON_AT_FIRST)          */
+
+enum json_type {
+    JSON_ERROR, JSON_END, JSON_OBJECT, JSON_OBJECT_END, JSON_ARRAY, JSON_ARRAY_END,
+    JSON_KEY, JSON_STRING, JSON_NUMBER, JSON_TRUE, JSON_FALSE, JSON_NULL
+};
+enum json_state { JSON_AT_VALUE, JSON_AT_FIRST, JSON_AT_KEY, JSON_AT_COMMA, JSON_AT_END };
+
+typedef struct {
+    str text;           /* the document, owned by the caller */
+    size_t pos;
+    uint64_t objects;   /* bit d is set when the bracket at depth d is an object's */
+    int depth;
+    enum json_state state;
+    const char *error;  /* NULL, or what is wrong at pos */
+    str token;          /* of KEY and STRING: the text between the quotes, still escaped; else the literal */
+} json_reader;
+
+static enum json_type json_fail(json_reader *r, const char *what) {
+    if (!r->error) r->error = what;
+    return JSON_ERROR;
+}
+
+static json_reader json_open(str text) {
+    json_reader r;
+    memset(&r, 0, sizeof r);
+    r.text = text;
+    return r;
+}
+
+static void json_skip_space(json_reader *r) {
+    while (r->pos < r->text.len && strchr(" \t\r\n", r->text.ptr[r->pos]) && r->text.ptr[r->pos]) r->pos++;
+}
+
+/* Four hex digits at p, or -1. */
+static int json_hex4(const char *p, const char *end) {
+    int v = 0;
+    if (end - p < 4) return -1;
+    for (int i = 0; i < 4; i++) {
+        char c = p[i];
+        if (c >= '0' && c <= '9') v = v * 16 + c - '0';
+        else if (str_lower(c) >= 'a' && str_lower(c) <= 'f') v = v * 16 + str_lower(c) - 'a' + 10;
+        else return -1;
+    }
+    return v;
+}
+
+/* The escape that begins at p ("\\" included): sets *cp, returns its length, or 0 if it is malformed or
+ * half a surrogate pair. */
+static int json_escape(const char *p, const char *end, uint32_t *cp) {
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    if (end - p < 2) return 0;
+    const char *at = p[1] ? strchr(from, p[1]) : NULL;
+    if (at) return *cp = (unsigned char)to[at - from], 2;
+    if (p[1] != 'u') return 0;
+    int hi = json_hex4(p + 2, end);
+    if (hi < 0 || (hi >= 0xdc00 && hi <= 0xdfff)) return 0;
+    if (hi < 0xd800 || hi > 0xdbff) return *cp = (uint32_t)hi, 6;
+    int lo = end - p >= 12 && p[6] == '\\' && p[7] == 'u' ? json_hex4(p + 8, end) : -1;
+    if (lo < 0xdc00 || lo > 0xdfff) return 0;
+    *cp = 0x10000 + ((uint32_t)hi - 0xd800) * 0x400 + ((uint32_t)lo - 0xdc00);
+    return 12;
+}
+
+static int json_read_string(json_reader *r) {
+    const char *p = r->text.ptr + r->pos + 1, *end = r->text.ptr + r->text.len, *from = p;
+    uint32_t cp;
+    while (p < end && *p != '"') {
+        if ((unsigned char)*p < 0x20) return json_fail(r, "unescaped control character in a string"), 0;
+        int k = *p == '\\' ? json_escape(p, end, &cp) : utf8_decode(p, (size_t)(end - p), &cp);
+        if (k <= 0) {
+            r->pos = (size_t)(p - r->text.ptr);
+            return json_fail(r, *p == '\\' ? "bad escape in a string" : "not UTF-8"), 0;
+        }
+        p += k;
+    }
+    if (p >= end) return json_fail(r, "unterminated string"), 0;
+    r->token = str_make(from, (size_t)(p - from));
+    r->pos = (size_t)(p + 1 - r->text.ptr);
+    return 1;
+}
+
+static int json_digits(const json_reader *r, size_t *p) { /* skips digits; 0 when there are none */
+    size_t from = *p;
+    while (*p < r->text.len && r->text.ptr[*p] >= '0' && r->text.ptr[*p] <= '9') ++*p;
+    return *p > from;
+}
+
+/* number = [ "-" ] ( "0" | digit1-9 *digit ) [ "." 1*digit ] [ ( "e" | "E" ) [ "+" | "-" ] 1*digit ] */
+static int json_read_number(json_reader *r) {
+    const char *s = r->text.ptr;
+    size_t p = r->pos, n = r->text.len;
+    if (s[p] == '-') p++;
+    if (p < n && s[p] == '0') p++;
+    else if (!json_digits(r, &p)) return json_fail(r, "bad number"), 0;
+    if (p < n && s[p] == '.' && (p++, !json_digits(r, &p))) return json_fail(r, "bad number"), 0;
+    if (p < n && (s[p] == 'e' || s[p] == 'E')) {
+        p++;
+        if (p < n && (s[p] == '+' || s[p] == '-')) p++;
+        if (!json_digits(r, &p)) return json_fail(r, "bad number"), 0;
+    }
+    r->token = str_make(s + r->pos, p - r->pos);
+    r->pos = p;
+    return 1;
+}
+
+static int json_read_word(json_reader *r, const char *word) {
+    size_t n = strlen(word);
+    if (r->text.len - r->pos < n || memcmp(r->text.ptr + r->pos, word, n)) return json_fail(r, "unexpected text"), 0;
+    r->token = str_make(r->text.ptr + r->pos, n);
+    r->pos += n;
+    return 1;
+}
+
+static void json_after_value(json_reader *r) { r->state = r->depth ? JSON_AT_COMMA : JSON_AT_END; }
+
+static enum json_type json_open_bracket(json_reader *r, int object) {
+    if (r->depth == MAX_JSON_DEPTH) return json_fail(r, "nested too deeply");
+    uint64_t bit = (uint64_t)1 << r->depth++;
+    r->objects = object ? r->objects | bit : r->objects & ~bit;
+    r->pos++;
+    r->state = JSON_AT_FIRST;
+    return object ? JSON_OBJECT : JSON_ARRAY;
+}
+
+static enum json_type json_close_bracket(json_reader *r, int object) {
+    r->depth--;
+    r->pos++;
+    json_after_value(r);
+    return object ? JSON_OBJECT_END : JSON_ARRAY_END;
+}
+
+static enum json_type json_value(json_reader *r) {
+    enum json_type t = JSON_ERROR;
+    switch (r->text.ptr[r->pos]) {
+    case '{': return json_open_bracket(r, 1);
+    case '[': return json_open_bracket(r, 0);
+    case '"': t = json_read_string(r) ? JSON_STRING : JSON_ERROR; break;
+    case 't': t = json_read_word(r, "true") ? JSON_TRUE : JSON_ERROR; break;
+    case 'f': t = json_read_word(r, "false") ? JSON_FALSE : JSON_ERROR; break;
+    case 'n': t = json_read_word(r, "null") ? JSON_NULL : JSON_ERROR; break;
+    case '-': case '0': case '1': case '2': case '3': case '4': case '5': case '6': case '7': case '8': case '9':
+        t = json_read_number(r) ? JSON_NUMBER : JSON_ERROR;
+        break;
+    default: return json_fail(r, "unexpected character");
+    }
+    json_after_value(r);
+    return t;
+}
+
+static enum json_type json_next(json_reader *r) {
+    if (r->error) return JSON_ERROR;
+    json_skip_space(r);
+    int ended = r->pos >= r->text.len;
+    if (r->state == JSON_AT_END) return ended ? JSON_END : json_fail(r, "text after the document");
+    if (ended) return json_fail(r, r->text.len ? "unexpected end" : "empty document");
+    char c = r->text.ptr[r->pos];
+    int object = r->depth && (r->objects >> (r->depth - 1) & 1);
+    if (r->state == JSON_AT_COMMA || r->state == JSON_AT_FIRST) {
+        if (c == (object ? '}' : ']')) return json_close_bracket(r, object);
+        if (r->state == JSON_AT_COMMA) {
+            if (c != ',') return json_fail(r, "expected a comma or the end of the object or array");
+            r->pos++;
+            json_skip_space(r);
+            if (r->pos >= r->text.len) return json_fail(r, "unexpected end");
+            c = r->text.ptr[r->pos];
+        }
+        r->state = object ? JSON_AT_KEY : JSON_AT_VALUE;
+    }
+    if (r->state == JSON_AT_VALUE) return json_value(r);
+    if (c != '"') return json_fail(r, "expected a key in quotes");
+    if (!json_read_string(r)) return JSON_ERROR;
+    str key = r->token;
+    json_skip_space(r);
+    if (r->pos >= r->text.len || r->text.ptr[r->pos] != ':') return json_fail(r, "expected a colon after a key");
+    r->pos++;
+    r->state = JSON_AT_VALUE;
+    r->token = key;
+    return JSON_KEY;
+}
+
+/* After an event that began a value: skips to the value's end. */
+static void json_skip(json_reader *r, enum json_type t) {
+    if (t != JSON_OBJECT && t != JSON_ARRAY) return;
+    for (int depth = r->depth; r->depth >= depth;)
+        if (json_next(r) == JSON_ERROR) return;
+}
+
+/* Decodes the escapes of a KEY or STRING token into b. */
+static void json_unescape(str token, buf *b) {
+    for (size_t i = 0; i < token.len;) {
+        const char *p = token.ptr + i, *back = memchr(p, '\\', token.len - i);
+        size_t plain = back ? (size_t)(back - p) : token.len - i;
+        buf_add(b, p, plain);
+        i += plain;
+        uint32_t cp;
+        char out[4];
+        int k = back ? json_escape(back, token.ptr + token.len, &cp) : 0;
+        if (!k) continue;
+        buf_add(b, out, (size_t)utf8_encode(cp, out));
+        i += (size_t)k;
+    }
+}
+
+static double json_double(str token) { /* of a NUMBER; beyond the range of double it is infinite */
+    char tmp[64];
+    if (token.len < sizeof tmp) return memcpy(tmp, token.ptr, token.len), tmp[token.len] = 0, strtod(tmp, NULL);
+    char *copy = str_dup(token); /* hundreds of digits: legal */
+    double v = copy ? strtod(copy, NULL) : 0;
+    free(copy);
+    return v;
+}
+
+/* The value of a NUMBER that is a whole number of 0..2^64-1, as "42" or "1e3"; 0 if it is none. */
+static int json_u64(str token, uint64_t *v) {
+    *v = 0;
+    size_t i = 0;
+    for (; i < token.len && token.ptr[i] >= '0' && token.ptr[i] <= '9'; i++) {
+        unsigned d = (unsigned)(token.ptr[i] - '0');
+        if (*v > (UINT64_MAX - d) / 10) return 0;
+        *v = *v * 10 + d;
+    }
+    if (i == token.len) return 1;
+    double f = json_double(token);
+    if (!(f >= 0 && f < 9007199254740992.0) || f != (double)(uint64_t)f) return 0;
+    *v = (uint64_t)f;
+    return 1;
+}
+
+/* ---- JSON, writing ---- */
+
+/* A string in quotes. Bytes that are not UTF-8 come out as U+FFFD, so the result is always valid. */
+static void json_put_str(buf *b, str s) {
+    buf_putc(b, '"');
+    for (size_t i = 0; i < s.len;) {
+        uint32_t cp = 0xfffd;
+        int k = utf8_decode(s.ptr + i, s.len - i, &cp);
+        if (k <= 0) {
+            buf_puts(b, "\xef\xbf\xbd");
+            i += k < 0 ? (size_t)-k : s.len - i;
+            continue;
+        }
+        if (cp == '"' || cp == '\\') buf_putc(b, '\\'), buf_putc(b, (char)cp);
+        else if (cp == '\n') buf_puts(b, "\\n");
+        else if (cp == '\t') buf_puts(b, "\\t");
+        else if (cp < 0x20 || cp == 0x7f) buf_printf(b, "\\u%04x", (unsigned)cp);
+        else buf_add(b, s.ptr + i, (size_t)k);
+        i += (size_t)k;
+    }
+    buf_putc(b, '"');
+}
+
+static void json_put_key(buf *b, const char *key) { /* a comma where one is due, and "key": */
+    if (b->len && b->ptr[b->len - 1] != '{' && b->ptr[b->len - 1] != '[') buf_putc(b, ',');
+    buf_printf(b, "\"%s\":", key);
+}
+static void json_kv_str(buf *b, const char *key, str v) { json_put_key(b, key), json_put_str(b, v); }
+static void json_kv_cstr(buf *b, const char *key, const char *v) { json_kv_str(b, key, str_of(v)); }
+static void json_kv_int(buf *b, const char *key, int64_t v) { json_put_key(b, key), buf_printf(b, "%lld", (long long)v); }
+static void json_kv_u64(buf *b, const char *key, uint64_t v) { json_put_key(b, key), buf_printf(b, "%llu", (unsigned long long)v); }
+static void json_kv_bool(buf *b, const char *key, int v) { json_put_key(b, key), buf_puts(b, v ? "true" : "false"); }
+static void json_put_num(buf *b, double v, int digits) { /* null where JSON has no number */
+    if (v - v != 0) buf_puts(b, "null");
+    else buf_printf(b, "%.*f", digits, v);
+}
+static void json_kv_num(buf *b, const char *key, double v, int digits) { json_put_key(b, key), json_put_num(b, v, digits); }
+
+/* ---- the log: one JSON object a line, or a readable line on a terminal ---- */
+
+enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG, LOG_TRACE };
+static const char *const log_level_names[] = {"ERROR", "WARN", "INFO", "DEBUG", "TRACE"};
+
+static struct {
+    pthread_mutex_t lock;
+    enum log_level level;
+    int json;   /* 0: text for a terminal */
+    int quiet;  /* subcommands and embedders: no log at all */
+    char worker_id[128];
+    uint64_t dropped; /* lines that a full pipe did not take */
+} log_state = {PTHREAD_MUTEX_INITIALIZER, LOG_INFO, 1, 1, "", 0};
+
+/* Writes one line, or drops it when stderr would block: a pipe that polls as writable takes PIPE_BUF
+ * bytes at once, and the lock keeps other writers away in between. */
+static void log_write(const char *line, size_t len) {
+    struct pollfd p = {STDERR_FILENO, POLLOUT, 0};
+    pthread_mutex_lock(&log_state.lock);
+    if (poll(&p, 1, 0) != 1 || !(p.revents & POLLOUT) || write(STDERR_FILENO, line, len) != (ssize_t)len)
+        log_state.dropped++;
+    pthread_mutex_unlock(&log_state.lock);
+}
+
+/* Logs `event` with more members in `fields`: JSON members without braces, "\"a\":1,\"b\":2", or "".
+ * Never pass prompts, output or tokens. Any thread. */
+static void log_event(enum log_level level, const char *event, const char *correlation, const char *job_id, const char *fields) {
+    if (log_state.quiet || level > log_state.level) return;
+    char when[32];
+    buf b = {0};
+    sys_timestamp(when, 1);
+    if (log_state.json) {
+        buf_putc(&b, '{');
+        json_kv_cstr(&b, "timestamp", when);
+        json_kv_cstr(&b, "level", log_level_names[level]);
+        json_kv_cstr(&b, "component", "lorch");
+        json_kv_cstr(&b, "worker_id", log_state.worker_id);
+        if (correlation && *correlation) json_kv_cstr(&b, "correlation_id", correlation);
+        if (job_id && *job_id) json_kv_cstr(&b, "job_id", job_id);
+        json_kv_cstr(&b, "event", event);
+        if (*fields) buf_printf(&b, ",%s", fields);
+        buf_puts(&b, "}\n");
+    } else {
+        buf_printf(&b, "%.8s %-5s %s %s", when + 11, log_level_names[level], event, fields);
+        if (job_id && *job_id) json_kv_cstr(&b, "job_id", job_id);
+        buf_putc(&b, '\n');
+    }
+    if (!b.failed && b.len <= MAX_LOG_LINE) log_write(b.ptr, b.len);
+    else if (!b.failed) { /* cannot be written atomically: keep what identifies it */
+        buf_free(&b);
+        buf_printf(&b, "{\"timestamp\":\"%s\",\"level\":\"%s\",\"component\":\"lorch\",\"event\":\"%s\",\"truncated\":true}\n",
+                   when, log_level_names[level], event);
+        if (!b.failed) log_write(b.ptr, b.len);
+    }
+    buf_free(&b);
+}
+
+/* The same with printf-style fields; strings in them must be free of quotes and backslashes. */
+__attribute__((format(printf, 3, 4))) static void log_note(enum log_level level, const char *event, const char *fmt, ...) {
+    buf b = {0};
+    va_list ap;
+    va_start(ap, fmt);
+    buf_vprintf(&b, fmt, ap);
+    va_end(ap);
+    log_event(level, event, NULL, NULL, buf_cstr(&b));
+    buf_free(&b);
+}
+
+/* Formats an error message for a caller's buffer; returns 0, so that `return fail(...)` reads well. */
+__attribute__((format(printf, 3, 4))) static int sys_fail(char *err, size_t cap, const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(err, cap, fmt, ap);
+    va_end(ap);
+    return 0;
+}
+
+/* ==== Number formats =======================================================================
+ * How weights are stored and what a product with them means. A format is one row of quant_formats: its
+ * block, and one function that unpacks a block into codes and scales. quant_dot is the specification of
+ * the whole program: every kernel of every instruction set equals it bit for bit. Block layouts are those
+ * of ggml (ggml-common.h); this section owns no memory. The first part is arithmetic that no C library
+ * may differ in: half floats, the fused multiply-add, exp, log, sin and cos. */
+
+LORCH_INLINE uint32_t num_bits(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return u;
+}
+LORCH_INLINE float num_float(uint32_t u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+LORCH_INLINE uint64_t num_bits64(double f) {
+    uint64_t u;
+    memcpy(&u, &f, 8);
+    return u;
+}
+LORCH_INLINE double num_double(uint64_t u) {
+    double f;
+    memcpy(&f, &u, 8);
+    return f;
+}
+
+/* A half float's value. Scaling by 2^112 moves the exponent and normalises denormals, both exactly. */
+LORCH_INLINE float num_from_f16(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, em = (uint32_t)(h & 0x7fff);
+    uint32_t v = em >= 0x7c00 ? em << 13 | 0x7f800000u : num_bits(num_float(em << 13) * 0x1p112f);
+    return num_float(sign | v);
+}
+
+/* The nearest half float, ties to even, beyond the range infinite (what vcvtps2ph and fcvt do). */
+LORCH_INLINE uint16_t num_to_f16(float f) {
+    uint32_t u = num_bits(f), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+    uint32_t normal = (a + 0xfff + (a >> 13 & 1) - 0x38000000u) >> 13; /* rebias and round */
+    uint32_t tiny = num_bits(num_float(a) + 0.5f) - 0x3f000000u; /* the adder rounds to multiples of 2^-24 */
+    uint32_t h = a < 0x38800000u ? tiny : a < 0x47800000u ? normal : 0x7c00;
+    if (a > 0x7f800000u) h = 0x7e00;
+    return (uint16_t)(sign | (h > 0x7c00 && a <= 0x7f800000u ? 0x7c00 : h));
+}
+
+LORCH_INLINE float num_from_bf16(uint16_t h) { return num_float((uint32_t)h << 16); }
+
+/* a*b+c rounded once. The product of two floats is exact in double; the sum's rounding error (Knuth's
+ * TwoSum) then says whether the double must be nudged to an odd last bit, after which rounding to float
+ * cannot go wrong twice (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008). */
+LORCH_INLINE float num_fma(float a, float b, float c) {
+    double p = (double)a * b, z = c, s = p + z, t = s - p;
+    double e = (p - (s - t)) + (z - t);
+    uint64_t u = num_bits64(s);
+    if (e != 0 && !(u & 1) && s - s == 0) u += (e > 0) == (s > 0) ? (uint64_t)1 : ~(uint64_t)0;
+    return (float)num_double(u);
+}
+
+static double num_exp(double x) { /* relative error below 1e-15 */
+    if (!(x > -708)) return x != x ? x : 0;
+    if (x > 709) return (double)INFINITY;
+    double n = x * 1.4426950408889634 + 6755399441055744.0 - 6755399441055744.0;
+    double r = x - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10;
+    double term = 1, sum = 1;
+    for (int i = 1; i < 15; i++) term = term * r / i, sum += term; /* |r| <= ln(2)/2 */
+    return sum * num_double((uint64_t)((int64_t)n + 1023) << 52);
+}
+
+static double num_log(double x) { /* of a normal x > 0; log(m * 2^e) with m in [sqrt(1/2), sqrt(2)) */
+    uint64_t u = num_bits64(x);
+    int e = (int)(u >> 52) - 1023;
+    double m = num_double((u & 0xfffffffffffffu) | 0x3ff0000000000000u);
+    if (m > 1.4142135623730951) m *= 0.5, e++;
+    double s = (m - 1) / (m + 1), z = s * s, sum = 0;
+    for (int k = 25; k >= 1; k -= 2) sum = sum * z + 1.0 / k; /* atanh's series */
+    return e * 6.93147180369123816490e-01 + (2 * s * sum + e * 1.90821492927058770002e-10);
+}
+
+/* Sine and cosine of x >= 0: x minus a multiple of pi/2 in three parts (Cody and Waite), then Taylor. */
+static void num_sincos(double x, double *sine, double *cosine) {
+    double k = x * 0.63661977236758134308 + 6755399441055744.0 - 6755399441055744.0;
+    double r = x - k * 1.57079632673412561417e+00 - k * 6.07710050630396597660e-11 - k * 2.02226624871116645580e-21;
+    double z = r * r, s = 0, c = 0;
+    for (int i = 19; i >= 3; i -= 2) s = (s + 1) * -z / (i * (i - 1));
+    for (int i = 20; i >= 2; i -= 2) c = (c + 1) * -z / (i * (i - 1));
+    s = r + r * s, c = 1 + c;
+    int quadrant = (int)((int64_t)k & 3);
+    *sine = quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c;
+    *cosine = quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s;
+}
+
+/* ---- blocks as they lie in the file; d and dmin are half floats ---- */
+
+typedef struct { uint16_t d; uint8_t q[16]; } quant_q4_0;  /* 32 weights (q - 8) * d; low nibbles come first */
+typedef struct { uint16_t d; int8_t q[32]; } quant_q8_0;   /* 32 weights q * d */
+typedef struct { uint16_t d, dmin; uint8_t scales[12], q[128]; } quant_q4_k;           /* 256: d*s*q - dmin*m */
+typedef struct { uint16_t d, dmin; uint8_t scales[12], high[32], q[128]; } quant_q5_k; /* the same, a fifth bit in high */
+typedef struct { uint8_t low[128], high[64]; int8_t scales[16]; uint16_t d; } quant_q6_k; /* 256: d*s*(q - 32) */
+
+/* Sizes must be those of the file: a wrong one makes the array's size negative. */
+typedef char quant_sizes_are_right[sizeof(quant_q4_0) == 18 && sizeof(quant_q8_0) == 34 && sizeof(quant_q4_k) == 144 &&
+                                           sizeof(quant_q5_k) == 176 && sizeof(quant_q6_k) == 210 ? 1 : -1];
+
+/* What a product needs to know of a format. Activations are quantised to int8 with one scale for 32
+ * (BLOCKS) or 256 (SUPERBLOCKS) values, to match the weights' blocks; or stay floats. */
+enum quant_kind { QUANT_NONE, QUANT_FLOATS, QUANT_BLOCKS, QUANT_SUPERBLOCKS };
+
+/* One block, unpacked. FLOATS: f[0..1). BLOCKS: weight i is d * q[i], 32 of them. SUPERBLOCKS: weight i is
+ * d * scale[i/16] * q[i] - dmin * min[i/16], 256 of them. */
+typedef struct {
+    int8_t q[256];
+    int8_t scale[16];
+    uint8_t min[16];
+    float d, dmin;
+} quant_block;
+
+typedef struct {
+    const char *name;
+    uint16_t block;      /* weights in a block */
+    uint16_t bytes;      /* of a block in the file */
+    enum quant_kind kind; /* QUANT_NONE: known by name only */
+    void (*unpack)(const void *block, quant_block *out);
+} quant_format;
+
+LORCH_INLINE void quant_unpack_q4_0(const void *block, quant_block *out) {
+    const quant_q4_0 *b = block;
+    for (int i = 0; i < 16; i++) out->q[i] = (int8_t)((b->q[i] & 15) - 8), out->q[i + 16] = (int8_t)((b->q[i] >> 4) - 8);
+    out->d = num_from_f16(b->d);
+}
+
+LORCH_INLINE void quant_unpack_q8_0(const void *block, quant_block *out) {
+    const quant_q8_0 *b = block;
+    memcpy(out->q, b->q, 32);
+    out->d = num_from_f16(b->d);
+}
+
+/* Eight pairs of 6-bit scale and min in 12 bytes: the low six bits of bytes 0-3 and 4-7 are the first
+ * four of each; the rest have four bits in bytes 8-11 and their top two in bytes 0-7. */
+LORCH_INLINE void quant_unpack_scales_k4(const uint8_t *s, quant_block *out) {
+    for (int j = 0; j < 8; j++) {
+        int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
+        int min = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | (s[j] >> 6) << 4;
+        out->scale[2 * j] = out->scale[2 * j + 1] = (int8_t)scale;
+        out->min[2 * j] = out->min[2 * j + 1] = (uint8_t)min;
+    }
+}
+
+LORCH_INLINE void quant_unpack_q4_k(const void *block, quant_block *out) {
+    const quant_q4_k *b = block;
+    quant_unpack_scales_k4(b->scales, out);
+    for (int c = 0; c < 4; c++)
+        for (int i = 0; i < 32; i++)
+            out->q[64 * c + i] = (int8_t)(b->q[32 * c + i] & 15), out->q[64 * c + 32 + i] = (int8_t)(b->q[32 * c + i] >> 4);
+    out->d = num_from_f16(b->d), out->dmin = num_from_f16(b->dmin);
+}
+
+LORCH_INLINE void quant_unpack_q5_k(const void *block, quant_block *out) {
+    const quant_q5_k *b = block;
+    quant_unpack_scales_k4(b->scales, out);
+    for (int c = 0; c < 4; c++)
+        for (int i = 0; i < 32; i++) {
+            int h = b->high[i] >> 2 * c;
+            out->q[64 * c + i] = (int8_t)((b->q[32 * c + i] & 15) | (h & 1) << 4);
+            out->q[64 * c + 32 + i] = (int8_t)(b->q[32 * c + i] >> 4 | (h & 2) << 3);
+        }
+    out->d = num_from_f16(b->d), out->dmin = num_from_f16(b->dmin);
+}
+
+LORCH_INLINE void quant_unpack_q6_k(const void *block, quant_block *out) {
+    const quant_q6_k *b = block;
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *low = b->low + 64 * half, *high = b->high + 32 * half;
+        int8_t *q = out->q + 128 * half;
+        for (int i = 0; i < 32; i++) {
+            q[i] = (int8_t)(((low[i] & 15) | (high[i] & 3) << 4) - 32);
+            q[i + 32] = (int8_t)(((low[i + 32] & 15) | (high[i] >> 2 & 3) << 4) - 32);
+            q[i + 64] = (int8_t)((low[i] >> 4 | (high[i] >> 4 & 3) << 4) - 32);
+            q[i + 96] = (int8_t)((low[i + 32] >> 4 | high[i] >> 6 << 4) - 32);
+        }
+    }
+    memcpy(out->scale, b->scales, 16);
+    memset(out->min, 0, 16);
+    out->d = num_from_f16(b->d), out->dmin = 0;
+}
+
+/* By ggml's type number. Rows without a kind are known only to be refused by name and checked for size. */
+enum quant_type { QUANT_F32 = 0, QUANT_F16 = 1, QUANT_BF16 = 30, QUANT_TYPES = 41 };
+static const quant_format quant_formats[QUANT_TYPES] = {
+    [QUANT_F32] = {"F32", 1, 4, QUANT_FLOATS, NULL},
+    [QUANT_F16] = {"F16", 1, 2, QUANT_FLOATS, NULL},
+    [QUANT_BF16] = {"BF16", 1, 2, QUANT_FLOATS, NULL},
+    [2] = {"Q4_0", 32, sizeof(quant_q4_0), QUANT_BLOCKS, quant_unpack_q4_0},
+    [8] = {"Q8_0", 32, sizeof(quant_q8_0), QUANT_BLOCKS, quant_unpack_q8_0},
+    [12] = {"Q4_K", 256, sizeof(quant_q4_k), QUANT_SUPERBLOCKS, quant_unpack_q4_k},
+    [13] = {"Q5_K", 256, sizeof(quant_q5_k), QUANT_SUPERBLOCKS, quant_unpack_q5_k},
+    [14] = {"Q6_K", 256, sizeof(quant_q6_k), QUANT_SUPERBLOCKS, quant_unpack_q6_k},
+    [3] = {"Q4_1", 32, 20, QUANT_NONE, NULL}, [6] = {"Q5_0", 32, 22, QUANT_NONE, NULL},
+    [7] = {"Q5_1", 32, 24, QUANT_NONE, NULL}, [9] = {"Q8_1", 32, 36, QUANT_NONE, NULL},
+    [10] = {"Q2_K", 256, 84, QUANT_NONE, NULL}, [11] = {"Q3_K", 256, 110, QUANT_NONE, NULL},
+    [15] = {"Q8_K", 256, 292, QUANT_NONE, NULL}, [16] = {"IQ2_XXS", 256, 66, QUANT_NONE, NULL},
+    [17] = {"IQ2_XS", 256, 74, QUANT_NONE, NULL}, [18] = {"IQ3_XXS", 256, 98, QUANT_NONE, NULL},
+    [19] = {"IQ1_S", 256, 50, QUANT_NONE, NULL}, [20] = {"IQ4_NL", 32, 18, QUANT_NONE, NULL},
+    [21] = {"IQ3_S", 256, 110, QUANT_NONE, NULL}, [22] = {"IQ2_S", 256, 82, QUANT_NONE, NULL},
+    [23] = {"IQ4_XS", 256, 136, QUANT_NONE, NULL}, [24] = {"I8", 1, 1, QUANT_NONE, NULL},
+    [25] = {"I16", 1, 2, QUANT_NONE, NULL}, [26] = {"I32", 1, 4, QUANT_NONE, NULL},
+    [27] = {"I64", 1, 8, QUANT_NONE, NULL}, [28] = {"F64", 1, 8, QUANT_NONE, NULL},
+    [29] = {"IQ1_M", 256, 56, QUANT_NONE, NULL}, [34] = {"TQ1_0", 256, 54, QUANT_NONE, NULL},
+    [35] = {"TQ2_0", 256, 66, QUANT_NONE, NULL}, [39] = {"MXFP4", 32, 17, QUANT_NONE, NULL},
+    [40] = {"NVFP4", 64, 36, QUANT_NONE, NULL},
+};
+
+static const quant_format *quant_find(uint32_t type) { /* NULL for a number that names no format */
+    return type < QUANT_TYPES && quant_formats[type].name ? &quant_formats[type] : NULL;
+}
+
+static size_t quant_row_bytes(const quant_format *f, int64_t n) { return (size_t)(n / f->block) * f->bytes; }
+
+static const char *quant_supported(void) {
+    static char list[256];
+    if (*list) return list;
+    for (int i = 0; i < QUANT_TYPES; i++)
+        if (quant_formats[i].kind != QUANT_NONE)
+            snprintf(list + strlen(list), sizeof list - strlen(list), "%s%s", *list ? ", " : "", quant_formats[i].name);
+    return list;
+}
+
+LORCH_INLINE float quant_load_float(const quant_format *f, const void *row, int64_t i) {
+    uint16_t h;
+    float v;
+    if (f->bytes == 4) return memcpy(&v, (const char *)row + 4 * i, 4), v;
+    memcpy(&h, (const char *)row + 2 * i, 2);
+    return f == &quant_formats[QUANT_F16] ? num_from_f16(h) : num_from_bf16(h);
+}
+
+/* The values of n weights of a row, in the order of operations of llama.cpp's dequantize_row_*. */
+static void quant_dequantise(const quant_format *f, const void *row, float *out, int64_t n) {
+    quant_block b;
+    if (f->kind == QUANT_FLOATS) {
+        for (int64_t i = 0; i < n; i++) out[i] = quant_load_float(f, row, i);
+        return;
+    }
+    for (int64_t i = 0; i < n; i += f->block) {
+        f->unpack((const char *)row + quant_row_bytes(f, i), &b);
+        if (f->kind == QUANT_BLOCKS)
+            for (int j = 0; j < 32; j++) out[i + j] = b.d * b.q[j];
+        else
+            for (int j = 0; j < 256; j++) out[i + j] = b.d * b.scale[j / 16] * b.q[j] - b.dmin * b.min[j / 16];
+    }
+}
+
+/* Quantises n (32 or 256) activations: q = x * (127 / largest) to the nearest integer, ties to even, and
+ * d = largest / 127. A block that holds no normal number is zero; one with an infinity or a NaN gets
+ * d = NaN, so that the step's logits are not finite and the job says so. */
+LORCH_INLINE void quant_activations(const float *x, int n, int8_t *q, float *d) {
+    uint32_t most = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t a = num_bits(x[i]) & 0x7fffffff; /* as integers, magnitudes order like floats, NaN on top */
+        most = a > most ? a : most;
+    }
+    int usable = most >= 0x01800000u && most < 0x7f800000u; /* from 2^-124, so that 127 / largest is finite */
+    float largest = num_float(most), by = usable ? 127.0f / largest : 0;
+    *d = usable ? largest / 127.0f : most < 0x7f800000u ? 0 : NAN;
+    for (int i = 0; i < n; i++) {
+        float y = usable ? x[i] * by : 0;
+        q[i] = (int8_t)((int32_t)num_bits(y + 12582912.0f) - 0x4b400000); /* + 1.5 * 2^23 rounds to an integer */
+    }
+}
+
+/* The specification: the product of a row of n weights with n activations, one accumulator, in order. */
+static float quant_dot(const quant_format *f, const void *row, const float *x, int64_t n) {
+    float acc = 0, d;
+    int8_t q[256];
+    quant_block b;
+    if (f->kind == QUANT_FLOATS) {
+        for (int64_t i = 0; i < n; i++) acc = num_fma(quant_load_float(f, row, i), x[i], acc);
+        return acc;
+    }
+    for (int64_t i = 0; i < n; i += f->block) {
+        int32_t dot = 0, mins = 0;
+        f->unpack((const char *)row + quant_row_bytes(f, i), &b);
+        quant_activations(x + i, f->block, q, &d);
+        if (f->kind == QUANT_BLOCKS) {
+            for (int j = 0; j < 32; j++) dot += b.q[j] * q[j];
+            acc = num_fma((float)dot, b.d * d, acc);
+        } else {
+            for (int j = 0; j < 256; j++) dot += b.scale[j / 16] * b.q[j] * q[j], mins += b.min[j / 16] * q[j];
+            acc = num_fma(d, num_fma(-b.dmin, (float)mins, b.d * (float)dot), acc);
+        }
+    }
+    return acc;
+}
+
+/* ==== GGUF =================================================================================
+ * The model file (ggml's docs/gguf.md, versions 2 and 3): a header, typed keys, tensor descriptions, and
+ * the tensors' bytes, mapped and never copied. Every count, length and offset is compared with the bytes
+ * that remain before it is used or anything is allocated: `n <= size - pos`, never `pos + n <= size`.
+ * gguf_file owns the mapping; strings and tensors point into it and live as long as it does.
+ *
+ *   file   = "GGUF" version:u32 n_tensors:u64 n_kv:u64 *kv *tensor padding data
+ *   kv     = key:string type:u32 value        string = length:u64 *byte
+ *   array  = type:u32 count:u64 *value        tensor = name:string n_dims:u32 *dim:u64 type:u32 offset:u64 */
+
+enum gguf_type {
+    GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_F32, GGUF_BOOL,
+    GGUF_STRING, GGUF_ARRAY, GGUF_U64, GGUF_I64, GGUF_F64, GGUF_TYPES
+};
+static const unsigned char gguf_type_bytes[GGUF_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+
+enum {
+    GGUF_MAX_ALIGNMENT = 1 << 16, /* files use 32; a huge one would only be an attack on the padding */
+    GGUF_MAX_NAME = 64,           /* ggml's limit on tensor names */
+    GGUF_MIN_KV = 8 + 1 + 4 + 1,  /* bytes of the smallest key and value */
+    GGUF_MIN_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
+};
+
+typedef struct {
+    str key;
+    const unsigned char *value; /* of an array: its first element */
+    uint64_t count;             /* of an array; else 1 */
+    unsigned char type;         /* of an array: its elements' */
+    unsigned char is_array;
+} gguf_kv;
+
+typedef struct {
+    str name;
+    const void *data;
+    uint64_t dim[4];  /* dim[0] is the length of a row; unused ones are 1 */
+    uint64_t bytes;
+    uint64_t offset;
+    uint32_t type;    /* a number that quant_find knows */
+    uint32_t n_dims;
+} gguf_tensor;
+
+typedef struct {
+    char *path;
+    const unsigned char *map;
+    uint64_t size;
+    uint32_t version;
+    uint64_t n_kv, n_tensors, alignment, data_start;
+    gguf_kv *kv;
+    gguf_tensor *tensor;
+    /* the cursor, while parsing */
+    uint64_t pos;
+    char *err;        /* the first error sticks: later reads give zeros */
+    size_t err_cap;
+    int failed;
+} gguf_file;
+
+__attribute__((format(printf, 2, 3))) static void gguf_fail(gguf_file *g, const char *fmt, ...) {
+    char what[512];
+    va_list ap;
+    if (g->failed) return;
+    va_start(ap, fmt);
+    vsnprintf(what, sizeof what, fmt, ap);
+    va_end(ap);
+    g->failed = 1;
+    snprintf(g->err, g->err_cap, "%s: %s (at byte %llu of %llu)", g->path, what, (unsigned long long)g->pos,
+             (unsigned long long)g->size);
+}
+
+/* A name from the file, fit for an error message: short and printable. */
+static const char *gguf_show(str s, char out[96]) {
+    size_t n = 0;
+    for (size_t i = 0; i < s.len && n < 80; i++)
+        out[n++] = s.ptr[i] >= 0x20 && s.ptr[i] < 0x7f && s.ptr[i] != '"' && s.ptr[i] != '\\' ? s.ptr[i] : '?';
+    snprintf(out + n, 96 - n, "%s", s.len > 80 ? "..." : "");
+    return out;
+}
+
+static const unsigned char *gguf_take(gguf_file *g, uint64_t n, const char *what) {
+    if (!g->failed && n > g->size - g->pos)
+        gguf_fail(g, "%s of %llu bytes goes beyond the end of the file: is it cut short?", what, (unsigned long long)n);
+    if (g->failed) return NULL;
+    const unsigned char *p = g->map + g->pos;
+    g->pos += n;
+    return p;
+}
+static uint32_t gguf_u32(gguf_file *g, const char *what) {
+    uint32_t v = 0;
+    const unsigned char *p = gguf_take(g, 4, what);
+    return p ? memcpy(&v, p, 4), v : 0;
+}
+static uint64_t gguf_u64(gguf_file *g, const char *what) {
+    uint64_t v = 0;
+    const unsigned char *p = gguf_take(g, 8, what);
+    return p ? memcpy(&v, p, 8), v : 0;
+}
+static str gguf_string(gguf_file *g, const char *what) {
+    uint64_t n = gguf_u64(g, what);
+    const unsigned char *p = gguf_take(g, n, what);
+    return str_make((const char *)p, p ? (size_t)n : 0);
+}
+
+/* Moves past n values of a type that is no array; strings one by one. */
+static void gguf_skip_values(gguf_file *g, uint32_t type, uint64_t n, const char *what) {
+    if (type == GGUF_STRING) {
+        if (n > (g->size - g->pos) / 8) gguf_fail(g, "%s: %llu strings cannot fit in the file", what, (unsigned long long)n);
+        for (uint64_t i = 0; i < n && !g->failed; i++) gguf_string(g, what);
+        return;
+    }
+    uint64_t size = gguf_type_bytes[type];
+    if (n > (g->size - g->pos) / size) gguf_fail(g, "%s: %llu values cannot fit in the file", what, (unsigned long long)n);
+    else g->pos += n * size;
+}
+
+static void gguf_parse_kv(gguf_file *g, gguf_kv *kv) {
+    char shown[96];
+    kv->key = gguf_string(g, "a key");
+    gguf_show(kv->key, shown);
+    if (!g->failed && kv->key.len == 0) gguf_fail(g, "empty key");
+    if (kv->key.len > 65535) gguf_fail(g, "key \"%s\" is longer than 65535 bytes", shown);
+    uint32_t type = gguf_u32(g, "a value's type");
+    kv->is_array = type == GGUF_ARRAY;
+    if (kv->is_array) type = gguf_u32(g, "an array's type");
+    kv->count = kv->is_array ? gguf_u64(g, "an array's count") : 1;
+    if (type >= GGUF_TYPES || type == GGUF_ARRAY) {
+        gguf_fail(g, "key \"%s\" has the unknown type %lu%s", shown, (unsigned long)type, kv->is_array ? " (array)" : "");
+        return;
+    }
+    kv->type = (unsigned char)type;
+    if (g->failed) return;
+    kv->value = g->map + g->pos;
+    gguf_skip_values(g, type, kv->count, shown);
+}
+
+static const gguf_kv *gguf_find(const gguf_file *g, const char *key) {
+    for (uint64_t i = 0; i < g->n_kv; i++)
+        if (str_is(g->kv[i].key, key)) return &g->kv[i];
+    return NULL;
+}
+
+/* A whole number of any integer type, or `missing`. Negative and non-integer values count as missing. */
+static uint64_t gguf_get_uint(const gguf_file *g, const char *key, uint64_t missing) {
+    const gguf_kv *kv = gguf_find(g, key);
+    if (!kv || kv->is_array) return missing;
+    int size = gguf_type_bytes[kv->type], is_signed = kv->type == GGUF_I8 || kv->type == GGUF_I16 || kv->type == GGUF_I32 || kv->type == GGUF_I64;
+    if (kv->type == GGUF_F32 || kv->type == GGUF_F64 || kv->type == GGUF_STRING || kv->type == GGUF_BOOL) return missing;
+    uint64_t v = 0;
+    memcpy(&v, kv->value, (size_t)size);
+    return is_signed && (v >> (8 * size - 1) & 1) ? missing : v;
+}
+
+static double gguf_get_float(const gguf_file *g, const char *key, double missing) {
+    const gguf_kv *kv = gguf_find(g, key);
+    float f;
+    double d;
+    if (!kv || kv->is_array) return missing;
+    if (kv->type == GGUF_F32) return memcpy(&f, kv->value, 4), (double)f;
+    if (kv->type == GGUF_F64) return memcpy(&d, kv->value, 8), d;
+    return (double)gguf_get_uint(g, key, (uint64_t)missing);
+}
+
+static int gguf_get_bool(const gguf_file *g, const char *key, int missing) {
+    const gguf_kv *kv = gguf_find(g, key);
+    return kv && !kv->is_array && kv->type == GGUF_BOOL ? *kv->value != 0 : missing;
+}
+
+static str gguf_get_str(const gguf_file *g, const char *key) { /* "" where there is none */
+    const gguf_kv *kv = gguf_find(g, key);
+    if (!kv || kv->is_array || kv->type != GGUF_STRING) return str_make("", 0);
+    uint64_t n;
+    memcpy(&n, kv->value, 8);
+    return str_make((const char *)kv->value + 8, (size_t)n);
+}
+
+static const gguf_kv *gguf_get_array(const gguf_file *g, const char *key, enum gguf_type type) {
+    const gguf_kv *kv = gguf_find(g, key);
+    return kv && kv->is_array && kv->type == type ? kv : NULL;
+}
+
+static const gguf_tensor *gguf_find_tensor(const gguf_file *g, const char *name) {
+    for (uint64_t i = 0; i < g->n_tensors; i++)
+        if (str_is(g->tensor[i].name, name)) return &g->tensor[i];
+    return NULL;
+}
+
+/* The bytes of a tensor, or 0 after an error. Divides before it multiplies: nothing wraps. */
+static uint64_t gguf_tensor_bytes(gguf_file *g, const gguf_tensor *t, const char *shown) {
+    const quant_format *f = quant_find(t->type);
+    uint64_t rows = 1;
+    for (int i = 0; i < 4; i++)
+        if (t->dim[i] == 0 || t->dim[i] > g->size * 32) /* no format packs more than 8 weights into a byte */
+            return gguf_fail(g, "tensor \"%s\" has dimension %d of %llu, which cannot fit in the file", shown, i, (unsigned long long)t->dim[i]), (uint64_t)0;
+    if (t->dim[0] % f->block)
+        return gguf_fail(g, "tensor \"%s\" is %s, whose rows must be multiples of %d, but a row has %llu", shown, f->name, f->block, (unsigned long long)t->dim[0]), (uint64_t)0;
+    uint64_t row = t->dim[0] / f->block * f->bytes;
+    for (int i = 1; i < 4; i++) {
+        if (t->dim[i] > g->size / row / rows) return gguf_fail(g, "tensor \"%s\" is larger than the file", shown), (uint64_t)0;
+        rows *= t->dim[i];
+    }
+    return row * rows;
+}
+
+static void gguf_parse_tensor(gguf_file *g, gguf_tensor *t) {
+    char shown[96];
+    t->name = gguf_string(g, "a tensor's name");
+    gguf_show(t->name, shown);
+    if (!g->failed && (t->name.len == 0 || t->name.len >= GGUF_MAX_NAME))
+        gguf_fail(g, "tensor name \"%s\" has %llu bytes; 1 to 63 are allowed", shown, (unsigned long long)t->name.len);
+    t->n_dims = gguf_u32(g, "a tensor's dimension count");
+    if (!g->failed && (t->n_dims < 1 || t->n_dims > 4)) gguf_fail(g, "tensor \"%s\" has %lu dimensions; 1 to 4 are allowed", shown, (unsigned long)t->n_dims);
+    for (uint32_t i = 0; i < 4; i++) t->dim[i] = !g->failed && i < t->n_dims ? gguf_u64(g, "a tensor's dimensions") : 1;
+    t->type = gguf_u32(g, "a tensor's type");
+    t->offset = gguf_u64(g, "a tensor's offset");
+    if (!g->failed && !quant_find(t->type)) gguf_fail(g, "tensor \"%s\" has the unknown type %lu; supported: %s", shown, (unsigned long)t->type, quant_supported());
+    if (!g->failed) t->bytes = gguf_tensor_bytes(g, t, shown);
+}
+
+static int gguf_compare_str(str a, str b) {
+    int c = memcmp(a.ptr, b.ptr, a.len < b.len ? a.len : b.len);
+    return c ? c : (a.len > b.len) - (a.len < b.len);
+}
+static int gguf_by_key(const void *a, const void *b) {
+    return gguf_compare_str((*(const gguf_kv *const *)a)->key, (*(const gguf_kv *const *)b)->key);
+}
+static int gguf_by_name(const void *a, const void *b) {
+    return gguf_compare_str((*(const gguf_tensor *const *)a)->name, (*(const gguf_tensor *const *)b)->name);
+}
+
+/* No key and no tensor may appear twice: which one would count? */
+static void gguf_check_unique(gguf_file *g) {
+    uint64_t most = g->n_kv > g->n_tensors ? g->n_kv : g->n_tensors;
+    const void **p = sys_zalloc(most, sizeof *p);
+    char shown[96];
+    if (!p) {
+        gguf_fail(g, "out of memory");
+        return;
+    }
+    for (uint64_t i = 0; i < g->n_kv; i++) p[i] = &g->kv[i];
+    qsort(p, g->n_kv, sizeof *p, gguf_by_key);
+    for (uint64_t i = 1; i < g->n_kv; i++)
+        if (gguf_by_key(&p[i - 1], &p[i]) == 0) gguf_fail(g, "key \"%s\" appears twice", gguf_show(((const gguf_kv *)p[i])->key, shown));
+    for (uint64_t i = 0; i < g->n_tensors; i++) p[i] = &g->tensor[i];
+    qsort(p, g->n_tensors, sizeof *p, gguf_by_name);
+    for (uint64_t i = 1; i < g->n_tensors; i++)
+        if (gguf_by_name(&p[i - 1], &p[i]) == 0) gguf_fail(g, "tensor \"%s\" appears twice", gguf_show(((const gguf_tensor *)p[i])->name, shown));
+    free(p);
+}
+
+static void gguf_parse_header(gguf_file *g) {
+    const unsigned char *magic = gguf_take(g, 4, "the magic number");
+    if (magic && memcmp(magic, "GGUF", 4)) gguf_fail(g, "not a GGUF file: it does not begin with \"GGUF\"");
+    g->version = gguf_u32(g, "the version");
+    if (!g->failed && g->version && !(g->version & 0xffff)) gguf_fail(g, "big-endian GGUF files are not supported: convert it with gguf_convert_endian.py");
+    if (!g->failed && g->version != 2 && g->version != 3) gguf_fail(g, "GGUF version %lu is not supported; supported: 2, 3", (unsigned long)g->version);
+    g->n_tensors = gguf_u64(g, "the number of tensors");
+    g->n_kv = gguf_u64(g, "the number of keys");
+    if (g->failed) return;
+    if (g->n_kv > (g->size - g->pos) / GGUF_MIN_KV) gguf_fail(g, "%llu keys cannot fit in the file", (unsigned long long)g->n_kv);
+    if (g->n_tensors > (g->size - g->pos) / GGUF_MIN_TENSOR) gguf_fail(g, "%llu tensors cannot fit in the file", (unsigned long long)g->n_tensors);
+}
+
+static void gguf_parse_alignment(gguf_file *g) {
+    const gguf_kv *kv = gguf_find(g, "general.alignment");
+    g->alignment = kv ? gguf_get_uint(g, "general.alignment", 0) : 32;
+    if (kv && (kv->is_array || kv->type != GGUF_U32)) gguf_fail(g, "general.alignment must be a u32");
+    if (g->alignment < 8 || g->alignment > GGUF_MAX_ALIGNMENT || (g->alignment & (g->alignment - 1)))
+        gguf_fail(g, "general.alignment is %llu; a power of two from 8 to %d is needed", (unsigned long long)g->alignment, GGUF_MAX_ALIGNMENT);
+}
+
+/* Tensors lie one after the other, each padded to the alignment, as every writer makes them: so none
+ * overlaps, none is missing, and the sum cannot wrap because each size is below the file's. */
+static void gguf_place_tensors(gguf_file *g) {
+    char shown[96];
+    uint64_t pad = -g->pos & (g->alignment - 1), expect = 0;
+    if (g->n_tensors == 0) return;
+    if (pad > g->size - g->pos) gguf_fail(g, "the file ends before its tensor data: is it cut short?");
+    g->data_start = g->pos + pad;
+    for (uint64_t i = 0; i < g->n_tensors && !g->failed; i++) {
+        gguf_tensor *t = &g->tensor[i];
+        uint64_t room = g->size - g->data_start;
+        gguf_show(t->name, shown);
+        if (t->offset != expect)
+            gguf_fail(g, "tensor \"%s\" has offset %llu, but %llu is where it must begin", shown, (unsigned long long)t->offset, (unsigned long long)expect);
+        else if (t->offset > room || t->bytes > room - t->offset)
+            gguf_fail(g, "tensor \"%s\" (%llu bytes at offset %llu) goes beyond the end of the file: is it cut short?", shown,
+                      (unsigned long long)t->bytes, (unsigned long long)(g->data_start + t->offset));
+        expect = t->offset + (t->bytes + g->alignment - 1) / g->alignment * g->alignment;
+        t->data = g->map + g->data_start + t->offset;
+    }
+}
+
+static void gguf_parse(gguf_file *g) {
+    char shown[96];
+    gguf_parse_header(g);
+    uint64_t n_kv = g->failed ? 0 : g->n_kv, n_tensors = g->failed ? 0 : g->n_tensors;
+    g->kv = sys_zalloc(n_kv, sizeof *g->kv), g->tensor = sys_zalloc(n_tensors, sizeof *g->tensor);
+    g->n_kv = g->n_tensors = 0; /* counts what has been read, so that an error leaves nothing half made */
+    if (!g->kv || !g->tensor) gguf_fail(g, "out of memory");
+    for (uint64_t i = 0; i < n_kv && !g->failed; i++) gguf_parse_kv(g, &g->kv[i]), g->n_kv = i + 1;
+    for (uint64_t i = 0; i < n_tensors && !g->failed; i++) gguf_parse_tensor(g, &g->tensor[i]), g->n_tensors = i + 1;
+    if (g->failed) return;
+    gguf_check_unique(g);
+    gguf_parse_alignment(g);
+    if (g->failed) return;
+    uint64_t parts = gguf_get_uint(g, "split.count", 1);
+    if (parts > 1)
+        gguf_fail(g, "this is part %llu of %llu of a split model (%s): join the parts with llama-gguf-split --merge",
+                  (unsigned long long)gguf_get_uint(g, "split.no", 0) + 1, (unsigned long long)parts, gguf_show(gguf_get_str(g, "general.name"), shown));
+    gguf_place_tensors(g);
+}
+
+static void gguf_close(gguf_file *g) {
+    if (!g) return;
+    if (g->map) munmap((void *)(uintptr_t)g->map, (size_t)g->size);
+    free(g->kv);
+    free(g->tensor);
+    free(g->path);
+    free(g);
+}
+
+/* Maps and checks a file. Returns NULL with one line in err. */
+static gguf_file *gguf_open(const char *path, char *err, size_t err_cap) {
+    struct stat st;
+    gguf_file *g = sys_zalloc(1, sizeof *g);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (!g || fd < 0 || fstat(fd, &st)) {
+        sys_fail(err, err_cap, "%s: cannot open the model: %s", path, strerror(errno));
+        if (fd >= 0) close(fd);
+        free(g);
+        return NULL;
+    }
+    g->path = str_dup(str_of(path)), g->err = err, g->err_cap = err_cap;
+    g->size = (uint64_t)st.st_size;
+    void *map = MAP_FAILED;
+    if (!g->path) sys_fail(err, err_cap, "%s: out of memory", path);
+    else if (!S_ISREG(st.st_mode)) sys_fail(err, err_cap, "%s: not a regular file", path);
+    else if (g->size < 24) sys_fail(err, err_cap, "%s: not a GGUF file: only %llu bytes long", path, (unsigned long long)g->size);
+    else if (g->size > SIZE_MAX / 2) sys_fail(err, err_cap, "%s: too large for this machine's address space", path);
+    else if ((map = mmap(NULL, (size_t)g->size, PROT_READ, MAP_SHARED, fd, 0)) == MAP_FAILED)
+        sys_fail(err, err_cap, "%s: cannot map the model: %s", path, strerror(errno));
+    close(fd);
+    if (map == MAP_FAILED) return gguf_close(g), NULL;
+    g->map = map;
+    gguf_parse(g);
+    g->err = NULL;
+    if (g->failed) return gguf_close(g), NULL;
+    return g;
+}
+
+/* ==== Kernels ==============================================================================
+ * The arithmetic of the model. Its loops are written once, in plain C, and compiled once for each
+ * instruction set: this file includes itself below with LORCH_LEVEL defined, and then only the part after
+ * the #else that follows is seen, with FN() adding the level's name. The level is chosen at start. All
+ * levels give the same bits: FMA() is fused everywhere (where the CPU cannot, num_fma emulates it), and
+ * each output has one accumulator in index order, so vector lanes can only be different outputs. Sums over
+ * a whole vector (RMSNorm, softmax) use 16 partial sums and a fixed tree. Nothing here allocates. */
+
+enum { ATTN_TOKENS = 4 }; /* tokens of one sequence that share each KV block that attention loads */
+
+/* The activations of a batch in the forms that weights may want; those not needed are not filled in. */
+typedef struct {
+    const float *x;  /* [n_tok][n] */
+    int16_t *q32;    /* [n_tok][n], quantised per 32 values; int8 values, widened for the multipliers */
+    float *d32;      /* [n_tok][n / 32] */
+    int16_t *q256;   /* [n_tok][n], quantised per 256 values */
+    float *d256;     /* [n_tok][n / 256] */
+    int16_t *sum;    /* [n_tok][n / 16], sums of q256 */
+    int64_t n;
+    int n_tok;
+    unsigned ready;  /* bit per quant_kind */
+} mat_act;
+
+typedef struct { /* out[t][row] = weights[row] . act[t] */
+    const quant_format *format;
+    const char *weights;  /* [n_rows][n] in the file's format */
+    const mat_act *act;
+    float *out;           /* [n_tok][n_rows] */
+    int64_t n_rows;
+} mat_product;
+
+typedef struct {
+    const float *q;                /* [n_tok][n_head * head_dim] */
+    float *out;                    /* [n_tok][n_head * head_dim] */
+    const int32_t *pos;            /* [n_tok] */
+    const uint32_t *const *blocks; /* [n_tok] the KV block numbers of each token's sequence */
+    const int32_t *group;          /* [n_groups + 1] first token of each run of at most ATTN_TOKENS of one sequence */
+    const char *layer;             /* this layer in block 0 of the pool */
+    size_t block_bytes;            /* from one block to the next */
+    size_t head_bytes;             /* from one KV head to the next: K as [head_dim][KV_BLOCK], then V as [KV_BLOCK][head_dim] */
+    int is_f16, n_head, n_head_kv, head_dim;
+    float scale;
+    float *scratch;                /* [threads][scratch_floats] */
+    size_t scratch_floats;
+} mat_attention;
+
+static size_t mat_attention_scratch(int n_head, int n_head_kv, int head_dim) { /* floats for one thread */
+    return (size_t)head_dim * KV_BLOCK * 2 + (size_t)ATTN_TOKENS * (size_t)(n_head / n_head_kv) * (size_t)(head_dim + 2);
+}
+
+typedef struct {
+    const char *name;
+    void (*multiply)(const mat_product *p, int64_t row);           /* ROW_TILE rows from row on */
+    void (*quantise)(mat_act *a, unsigned kinds, int t);           /* token t, for the kinds in the bit set */
+    void (*rms_norm)(float *out, const float *x, const float *w, int n, float eps);
+    void (*rope)(float *x, const float *cos_sin, int n_rot, int pairs_apart);
+    void (*store)(char *head, const float *k, const float *v, int at, int head_dim, int is_f16);
+    void (*attend)(const mat_attention *a, int group, int head_kv, float *scratch);
+    void (*swiglu)(float *gate, const float *up, int64_t n);
+    void (*add)(float *x, const float *y, int64_t n);
+    void (*exp_shifted)(float *out, const float *x, int64_t n, float shift); /* exp(x - shift) */
+} mat_kernels;
+
+#define LORCH_PASTE2(a, b) a##_##b
+#define LORCH_PASTE(a, b) LORCH_PASTE2(a, b)
+#define FN(name) LORCH_PASTE(name, LORCH_LEVEL)
+
+#define LORCH_LEVEL scalar
+#ifdef __FP_FAST_FMAF
+#define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define FMA(a, b, c) num_fma(a, b, c)
+#endif
+#include "lorch.c"
+#undef LORCH_LEVEL
+#undef FMA
+
+#if defined __x86_64__ || defined __i386__
+#define LORCH_LEVEL avx2
+#define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include "lorch.c"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef LORCH_LEVEL
+#undef FMA
+#endif
+
+/* The levels that this build has, slowest first. */
+static const mat_kernels *const mat_levels[] = {
+    &mat_table_scalar,
+#if defined __x86_64__ || defined __i386__
+    &mat_table_avx2,
+#endif
+};
+enum { MAT_LEVELS = sizeof mat_levels / sizeof *mat_levels };
+
+static int mat_level_runs(int level) { /* can this CPU (and its system) run it? */
+#if defined __x86_64__ || defined __i386__
+    __builtin_cpu_init();
+    if (level == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return level == 0;
+}
+
+/* The best level that runs here, or the one that LORCH_SIMD names. NULL with a message if it cannot run. */
+static const mat_kernels *mat_choose(char *err, size_t cap) {
+    const char *want = getenv("LORCH_SIMD");
+    char names[128] = "";
+    int best = 0;
+    for (int i = 0; i < MAT_LEVELS; i++) {
+        if (want && *want && strcmp(want, mat_levels[i]->name) == 0) {
+            if (mat_level_runs(i)) return mat_levels[i];
+            return sys_fail(err, cap, "LORCH_SIMD=%s: this CPU cannot run that level", want), NULL;
+        }
+        if (mat_level_runs(i)) best = i;
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? ", " : "", mat_levels[i]->name);
+    }
+    if (want && *want) return sys_fail(err, cap, "LORCH_SIMD=%s: no such level; this build has %s", want, names), NULL;
+    return mat_levels[best];
+}
+
+#else /* LORCH_LEVEL is defined: the loops, for one instruction set */
+
+/* ---- products: unpack a block of each of the 16 rows once, then meet every token with it ---- */
+
+LORCH_INLINE int32_t FN(mat_dot)(const int16_t *a, const int16_t *b, int n) {
+    int32_t sum = 0;
+    for (int i = 0; i < n; i++) sum += (int32_t)a[i] * b[i];
+    return sum;
+}
+
+LORCH_INLINE void FN(mat_blocks)(const mat_product *p, int64_t row, void (*unpack)(const void *, quant_block *), int bytes) {
+    int16_t w[ROW_TILE][32];
+    float d[ROW_TILE];
+    quant_block b;
+    int rows = p->n_rows - row < ROW_TILE ? (int)(p->n_rows - row) : ROW_TILE, n_tok = p->act->n_tok;
+    int64_t n = p->act->n, blocks = n / 32;
+    for (int t = 0; t < n_tok; t++) memset(p->out + t * p->n_rows + row, 0, (size_t)rows * sizeof(float));
+    for (int64_t i = 0; i < blocks; i++) {
+        for (int r = 0; r < rows; r++) {
+            unpack(p->weights + ((row + r) * blocks + i) * bytes, &b);
+            for (int j = 0; j < 32; j++) w[r][j] = b.q[j];
+            d[r] = b.d;
+        }
+        for (int t = 0; t < n_tok; t++) {
+            const int16_t *q = p->act->q32 + t * n + i * 32;
+            float *out = p->out + t * p->n_rows + row, dx = p->act->d32[t * blocks + i];
+            for (int r = 0; r < rows; r++) out[r] = FMA((float)FN(mat_dot)(w[r], q, 32), d[r] * dx, out[r]);
+        }
+    }
+}
+
+LORCH_INLINE void FN(mat_superblocks)(const mat_product *p, int64_t row, void (*unpack)(const void *, quant_block *), int bytes) {
+    int16_t w[ROW_TILE][256], min[ROW_TILE][16];
+    float d[ROW_TILE], dmin[ROW_TILE];
+    quant_block b;
+    int rows = p->n_rows - row < ROW_TILE ? (int)(p->n_rows - row) : ROW_TILE, n_tok = p->act->n_tok;
+    int64_t n = p->act->n, blocks = n / 256;
+    for (int t = 0; t < n_tok; t++) memset(p->out + t * p->n_rows + row, 0, (size_t)rows * sizeof(float));
+    for (int64_t i = 0; i < blocks; i++) {
+        for (int r = 0; r < rows; r++) {
+            unpack(p->weights + ((row + r) * blocks + i) * bytes, &b);
+            for (int j = 0; j < 16; j++) min[r][j] = b.min[j];
+            for (int j = 0; j < 256; j++) w[r][j] = (int16_t)(b.scale[j / 16] * b.q[j]);
+            d[r] = b.d, dmin[r] = b.dmin;
+        }
+        for (int t = 0; t < n_tok; t++) {
+            const int16_t *q = p->act->q256 + t * n + i * 256, *sum = p->act->sum + t * (n / 16) + i * 16;
+            float *out = p->out + t * p->n_rows + row, dx = p->act->d256[t * blocks + i];
+            for (int r = 0; r < rows; r++) {
+                float mins = (float)FN(mat_dot)(min[r], sum, 16), dot = (float)FN(mat_dot)(w[r], q, 256);
+                out[r] = FMA(dx, FMA(-dmin[r], mins, d[r] * dot), out[r]);
+            }
+        }
+    }
+}
+
+/* Floats: a slice of the rows is turned so that the 16 rows lie side by side, one lane each. */
+LORCH_INLINE void FN(mat_floats)(const mat_product *p, int64_t row, const quant_format *f) {
+    enum { SLICE = 256 };
+    float w[SLICE][ROW_TILE];
+    int rows = p->n_rows - row < ROW_TILE ? (int)(p->n_rows - row) : ROW_TILE, n_tok = p->act->n_tok;
+    int64_t n = p->act->n;
+    for (int t = 0; t < n_tok; t++) memset(p->out + t * p->n_rows + row, 0, (size_t)rows * sizeof(float));
+    memset(w, 0, sizeof w);
+    for (int64_t from = 0; from < n; from += SLICE) {
+        int len = n - from < SLICE ? (int)(n - from) : SLICE;
+        for (int r = 0; r < rows; r++) {
+            const char *src = p->weights + ((row + r) * n + from) * f->bytes;
+            for (int i = 0; i < len; i++) w[i][r] = quant_load_float(f, src, i);
+        }
+        for (int t = 0; t < n_tok; t++) {
+            const float *x = p->act->x + t * n + from;
+            float *out = p->out + t * p->n_rows + row, acc[ROW_TILE];
+            for (int r = 0; r < ROW_TILE; r++) acc[r] = r < rows ? out[r] : 0;
+            for (int i = 0; i < len; i++)
+                for (int r = 0; r < ROW_TILE; r++) acc[r] = FMA(w[i][r], x[i], acc[r]);
+            for (int r = 0; r < rows; r++) out[r] = acc[r];
+        }
+    }
+}
+
+static void FN(mat_multiply)(const mat_product *p, int64_t row) {
+    switch ((int)(p->format - quant_formats)) { /* constants, so that each case is compiled for its format */
+    case QUANT_F32: FN(mat_floats)(p, row, &quant_formats[QUANT_F32]); break;
+    case QUANT_F16: FN(mat_floats)(p, row, &quant_formats[QUANT_F16]); break;
+    case QUANT_BF16: FN(mat_floats)(p, row, &quant_formats[QUANT_BF16]); break;
+    case 2: FN(mat_blocks)(p, row, quant_unpack_q4_0, sizeof(quant_q4_0)); break;
+    case 8: FN(mat_blocks)(p, row, quant_unpack_q8_0, sizeof(quant_q8_0)); break;
+    case 12: FN(mat_superblocks)(p, row, quant_unpack_q4_k, sizeof(quant_q4_k)); break;
+    case 13: FN(mat_superblocks)(p, row, quant_unpack_q5_k, sizeof(quant_q5_k)); break;
+    case 14: FN(mat_superblocks)(p, row, quant_unpack_q6_k, sizeof(quant_q6_k)); break;
+    default: break; /* the model's loader has refused everything else */
+    }
+}
+
+static void FN(mat_quantise)(mat_act *a, unsigned kinds, int t) {
+    int8_t q[256];
+    const float *x = a->x + t * a->n;
+    if (kinds >> QUANT_BLOCKS & 1)
+        for (int64_t i = 0; i < a->n / 32; i++) {
+            quant_activations(x + i * 32, 32, q, &a->d32[t * (a->n / 32) + i]);
+            for (int j = 0; j < 32; j++) a->q32[t * a->n + i * 32 + j] = q[j];
+        }
+    if (kinds >> QUANT_SUPERBLOCKS & 1)
+        for (int64_t i = 0; i < a->n / 256; i++) {
+            quant_activations(x + i * 256, 256, q, &a->d256[t * (a->n / 256) + i]);
+            for (int j = 0; j < 256; j++) a->q256[t * a->n + i * 256 + j] = q[j];
+            for (int j = 0; j < 16; j++) {
+                int sum = 0;
+                for (int k = 0; k < 16; k++) sum += q[16 * j + k];
+                a->sum[t * (a->n / 16) + i * 16 + j] = (int16_t)sum;
+            }
+        }
+}
+
+/* ---- vectors ---- */
+
+LORCH_INLINE float FN(mat_tree)(float part[16]) { /* the fixed tree of the 16 partial sums */
+    for (int w = 8; w; w /= 2)
+        for (int i = 0; i < w; i++) part[i] += part[i + w];
+    return part[0];
+}
+
+/* exp(x) within 2 units in the last place (Cephes' expf, with fused steps), x clamped so that the result
+ * is a normal number: n = round(x / ln 2), r = x - n ln 2, then a polynomial and the exponent n. */
+LORCH_INLINE float FN(mat_exp)(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float shifted = FMA(x, 1.44269504088896341f, 12582912.0f), n = shifted - 12582912.0f;
+    float r = FMA(n, -0.693359375f, x);
+    r = FMA(n, 2.12194440e-4f, r);
+    float p = FMA(1.9875691500e-4f, r, 1.3981999507e-3f);
+    p = FMA(p, r, 8.3334519073e-3f);
+    p = FMA(p, r, 4.1665795894e-2f);
+    p = FMA(p, r, 1.6666665459e-1f);
+    p = FMA(p, r, 5.0000001201e-1f);
+    p = FMA(p, r * r, r) + 1.0f;
+    return p * num_float((num_bits(shifted) - 0x4b400000u + 127u) << 23);
+}
+
+static void FN(mat_rms_norm)(float *out, const float *x, const float *w, int n, float eps) {
+    float part[16] = {0};
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) part[j] = FMA(x[i + j], x[i + j], part[j]);
+    for (int j = 0; i + j < n; j++) part[j] = FMA(x[i + j], x[i + j], part[j]);
+    float scale = 1.0f / sqrtf(FN(mat_tree)(part) / (float)n + eps);
+    for (i = 0; i < n; i++) out[i] = x[i] * scale * w[i];
+}
+
+/* Rotates pairs of x by the token's angles: pair i is (2i, 2i+1), or (i, i + n_rot/2) if pairs_apart. */
+static void FN(mat_rope)(float *x, const float *cos_sin, int n_rot, int pairs_apart) {
+    int half = n_rot / 2, step = pairs_apart ? 1 : 2, other = pairs_apart ? half : 1;
+    for (int i = 0; i < half; i++) {
+        float *p = x + i * step, a = p[0], b = p[other], c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
+        p[0] = a * c - b * s;
+        p[other] = a * s + b * c;
+    }
+}
+
+static void FN(mat_swiglu)(float *gate, const float *up, int64_t n) { /* silu(gate) * up */
+    for (int64_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + FN(mat_exp)(-gate[i])) * up[i];
+}
+
+static void FN(mat_add)(float *x, const float *y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] += y[i];
+}
+
+static void FN(mat_exp_shifted)(float *out, const float *x, int64_t n, float shift) {
+    for (int64_t i = 0; i < n; i++) out[i] = FN(mat_exp)(x[i] - shift);
+}
+
+/* ---- attention ---- */
+
+/* Stores one token's key and value of one KV head at position `at` of its block. */
+static void FN(mat_store)(char *head, const float *k, const float *v, int at, int head_dim, int is_f16) {
+    if (is_f16) {
+        uint16_t *ks = (uint16_t *)(void *)head, *vs = ks + head_dim * KV_BLOCK;
+        for (int d = 0; d < head_dim; d++) ks[d * KV_BLOCK + at] = num_to_f16(k[d]), vs[at * head_dim + d] = num_to_f16(v[d]);
+    } else {
+        float *ks = (float *)(void *)head, *vs = ks + head_dim * KV_BLOCK;
+        for (int d = 0; d < head_dim; d++) ks[d * KV_BLOCK + at] = k[d], vs[at * head_dim + d] = v[d];
+    }
+}
+
+/* One query against the first n positions of one block, with the running maximum m[0], sum m[1] and
+ * weighted values acc of online softmax (Milakov and Gimelshein, 2018). */
+LORCH_INLINE void FN(mat_attend_block)(const float *q, const float *k, const float *v, int n, int head_dim, float scale,
+                                       float *m, float *acc) {
+    float s[KV_BLOCK] = {0}, part[16] = {0}, top = m[0];
+    for (int d = 0; d < head_dim; d++)
+        for (int j = 0; j < KV_BLOCK; j++) s[j] = FMA(q[d], k[d * KV_BLOCK + j], s[j]);
+    for (int j = 0; j < n; j++) s[j] *= scale, top = s[j] > top ? s[j] : top;
+    for (int j = 0; j < KV_BLOCK; j++) {
+        s[j] = j < n ? FN(mat_exp)(s[j] - top) : 0;
+        part[j % 16] += s[j];
+    }
+    float keep = FN(mat_exp)(m[0] - top);
+    m[0] = top;
+    m[1] = m[1] * keep + FN(mat_tree)(part);
+    for (int d = 0; d < head_dim; d++) acc[d] *= keep;
+    for (int j = 0; j < n; j++)
+        for (int d = 0; d < head_dim; d++) acc[d] = FMA(s[j], v[j * head_dim + d], acc[d]);
+}
+
+/* All tokens of a group, all query heads that share one KV head; blocks in order from position 0. */
+static void FN(mat_attend)(const mat_attention *a, int group, int head_kv, float *scratch) {
+    int hd = a->head_dim, heads = a->n_head / a->n_head_kv, from = a->group[group], to = a->group[group + 1];
+    float *k = scratch, *v = k + hd * KV_BLOCK, *state = v + hd * KV_BLOCK;
+    for (int i = 0; i < (to - from) * heads; i++) {
+        float *m = state + i * (hd + 2);
+        memset(m, 0, (size_t)(hd + 2) * sizeof(float));
+        m[0] = -1e30f;
+    }
+    for (int b = 0; b <= a->pos[to - 1] / KV_BLOCK; b++) {
+        const char *head = a->layer + a->blocks[from][b] * a->block_bytes + (size_t)head_kv * a->head_bytes;
+        for (int i = 0; i < 2 * hd * KV_BLOCK; i++)
+            k[i] = a->is_f16 ? num_from_f16(((const uint16_t *)(const void *)head)[i]) : ((const float *)(const void *)head)[i];
+        for (int t = from; t < to; t++) {
+            int n = a->pos[t] + 1 - b * KV_BLOCK;
+            for (int h = 0; h < heads && n > 0; h++) {
+                float *m = state + ((t - from) * heads + h) * (hd + 2);
+                const float *q = a->q + (size_t)t * (size_t)(a->n_head * hd) + (head_kv * heads + h) * hd;
+                FN(mat_attend_block)(q, k, v, n < KV_BLOCK ? n : KV_BLOCK, hd, a->scale, m, m + 2);
+            }
+        }
+    }
+    for (int t = from; t < to; t++)
+        for (int h = 0; h < heads; h++) {
+            const float *m = state + ((t - from) * heads + h) * (hd + 2);
+            float *out = a->out + (size_t)t * (size_t)(a->n_head * hd) + (head_kv * heads + h) * hd;
+            for (int d = 0; d < hd; d++) out[d] = m[2 + d] / m[1];
+        }
+}
+
+#define LORCH_STRING2(s) #s
+#define LORCH_STRING(s) LORCH_STRING2(s)
+static const mat_kernels FN(mat_table) = {
+    LORCH_STRING(LORCH_LEVEL), FN(mat_multiply), FN(mat_quantise), FN(mat_rms_norm), FN(mat_rope), FN(mat_store),
+    FN(mat_attend), FN(mat_swiglu), FN(mat_add), FN(mat_exp_shifted)};
+#undef LORCH_STRING
+#undef LORCH_STRING2
+
+#endif /* LORCH_LEVEL */
+#ifndef LORCH_LEVEL
+
+/* ==== Thread pool ==========================================================================
+ * pool_run(fn, ctx, n) calls fn(ctx, item, thread) for every item of 0..n-1 on all threads, the caller's
+ * included, and returns when all are done. Items are handed out one by one, so a thread whose core is
+ * taken away costs only its share. Workers spin for a few microseconds after work, then sleep: idle
+ * threads use no CPU. One pool_run at a time; items must not depend on each other. */
+
+typedef void (*pool_fn)(void *ctx, int64_t item, int thread);
+
+typedef struct {
+    int n_threads;      /* the caller of pool_run is thread 0 */
+    pthread_t thread[MAX_THREADS];
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    int started, sleeping; /* under lock */
+    unsigned round;     /* atomic: counts the calls of pool_run */
+    int stop;           /* atomic */
+    int busy;           /* atomic: workers that have not finished this round */
+    int64_t next;       /* atomic: the first item that nobody has taken */
+    int64_t n_items;
+    pool_fn fn;
+    void *ctx;
+} pool;
+
+typedef struct { /* what a worker is given: valid until pool_start returns */
+    pool *p;
+    int thread;
+} pool_seat;
+
+LORCH_INLINE void pool_pause(void) {
+#if defined __x86_64__ || defined __i386__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    __asm__ volatile("yield");
+#endif
+}
+
+static void pool_work(pool *p, int thread) {
+    for (;;) {
+        int64_t item = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED);
+        if (item >= p->n_items) return;
+        p->fn(p->ctx, item, thread);
+    }
+}
+
+/* Waits for the round after `seen`: spinning first, since the next product is a microsecond away. */
+static unsigned pool_await(pool *p, unsigned seen) {
+    unsigned round;
+    for (int spin = 0; spin < 4000; spin++) {
+        if ((round = __atomic_load_n(&p->round, __ATOMIC_ACQUIRE)) != seen) return round;
+        pool_pause();
+    }
+    pthread_mutex_lock(&p->lock);
+    p->sleeping++;
+    while ((round = __atomic_load_n(&p->round, __ATOMIC_ACQUIRE)) == seen) pthread_cond_wait(&p->wake, &p->lock);
+    p->sleeping--;
+    pthread_mutex_unlock(&p->lock);
+    return round;
+}
+
+static void *pool_worker(void *arg) {
+    pool_seat seat = *(pool_seat *)arg;
+    pthread_mutex_lock(&seat.p->lock);
+    seat.p->started++;
+    pthread_cond_broadcast(&seat.p->wake);
+    pthread_mutex_unlock(&seat.p->lock);
+    for (unsigned seen = 0;;) {
+        seen = pool_await(seat.p, seen);
+        if (__atomic_load_n(&seat.p->stop, __ATOMIC_ACQUIRE)) return NULL;
+        pool_work(seat.p, seat.thread);
+        __atomic_fetch_sub(&seat.p->busy, 1, __ATOMIC_RELEASE);
+    }
+}
+
+/* Begins a round: publishes the work, then wakes whoever sleeps. */
+static void pool_announce(pool *p) {
+    pthread_mutex_lock(&p->lock);
+    __atomic_fetch_add(&p->round, 1, __ATOMIC_RELEASE);
+    if (p->sleeping) pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void pool_run(pool *p, pool_fn fn, void *ctx, int64_t n_items) {
+    p->fn = fn, p->ctx = ctx, p->n_items = n_items;
+    __atomic_store_n(&p->next, 0, __ATOMIC_RELAXED);
+    if (p->n_threads == 1 || n_items == 1) {
+        pool_work(p, 0);
+        return;
+    }
+    __atomic_store_n(&p->busy, p->n_threads - 1, __ATOMIC_RELAXED);
+    pool_announce(p);
+    pool_work(p, 0);
+    for (int spin = 0; __atomic_load_n(&p->busy, __ATOMIC_ACQUIRE); spin++) {
+        if (spin < 1000) pool_pause();
+        else sched_yield(); /* a worker has lost its core: leave it ours */
+    }
+}
+
+static void pool_stop(pool *p) {
+    __atomic_store_n(&p->stop, 1, __ATOMIC_RELEASE);
+    pool_announce(p);
+    for (int i = 1; i < p->n_threads; i++) pthread_join(p->thread[i], NULL);
+    pthread_mutex_destroy(&p->lock);
+    pthread_cond_destroy(&p->wake);
+}
+
+/* Starts n_threads - 1 workers; with fewer when the system refuses more. */
+static void pool_start(pool *p, int n_threads) {
+    pool_seat seat[MAX_THREADS];
+    memset(p, 0, sizeof *p);
+    pthread_mutex_init(&p->lock, NULL);
+    sys_cond_init(&p->wake);
+    p->n_threads = 1;
+    for (int i = 1; i < n_threads && i < MAX_THREADS; i++) {
+        seat[i].p = p, seat[i].thread = i;
+        if (sys_thread(&p->thread[i], pool_worker, &seat[i])) break;
+        p->n_threads++;
+    }
+    pthread_mutex_lock(&p->lock); /* the seats are on this stack: wait until each is taken */
+    while (p->started < p->n_threads - 1) pthread_cond_wait(&p->wake, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* ==== Tokenizers ===========================================================================
+ * Text to token ids and back, by the vocabulary in the model file: SentencePiece BPE (tokenizer.ggml.model
+ * "llama") and byte-level BPE ("gpt2"). Both merge the best pair of neighbours until none is left, with a
+ * heap, in O(n log n); they differ in what a pair costs. Byte-level BPE first cuts the text into words by
+ * regular expressions, which are data (tok_pres) for the small matcher below. A tok is read-only after
+ * tok_load and may be used by any thread; its texts point into the model file. */
+
+enum tok_kind { TOK_SPM, TOK_BPE };
+enum tok_type { TOK_NORMAL = 1, TOK_UNKNOWN, TOK_CONTROL, TOK_USER, TOK_UNUSED, TOK_BYTE };
+enum tok_flag { TOK_BOS = 1, TOK_SPECIAL = 2 }; /* add BOS if the file says so; read control tokens in the text */
+
+/* ---- word patterns: alternatives of items, as in the tokenizers' own regular expressions ---- */
+
+typedef struct {        /* a set of code points */
+    uint32_t categories; /* bit per unicode_category */
+    uint32_t lo[8], hi[8];
+    int n_ranges, space, negated;
+} tok_set;
+
+typedef struct {
+    tok_set set;
+    int min, max;       /* repetitions, as many as possible first */
+    int not_ahead;      /* (?!set): matches nothing, and only where no such code point follows */
+} tok_item;
+
+enum { TOK_ALTERNATIVES = 16, TOK_ITEMS = 6, TOK_STAGES = 4, TOK_MANY = 1 << 30 };
+typedef struct {
+    int n;
+    struct { int n; tok_item item[TOK_ITEMS]; } alt[TOK_ALTERNATIVES];
+} tok_pattern;
+
+/* A pre-tokenizer: patterns applied one after the other, each cutting the pieces of the one before into
+ * its matches and what lies between them. */
+typedef struct {
+    const char *names;              /* of tokenizer.ggml.pre, separated by spaces */
+    const char *stage[TOK_STAGES];
+    int ignore_merges;              /* a word that is a token as a whole is not merged up to */
+    int add_bos;                    /* unless the file says otherwise */
+} tok_pre;
+
+#define TOK_GPT2 "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)"
+#define TOK_CONTRACTIONS "'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|"
+#define TOK_WORDS " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+static const tok_pre tok_pres[] = {
+    {"default", {"[\\p{P}\\$\\+<=>\\^~\\|]+", TOK_GPT2, "\\p{N}+", "[0-9][0-9][0-9]"}, 0, 0},
+    {"gpt-2", {TOK_GPT2}, 0, 0},
+    {"llama-bpe llama3 llama-v3", {TOK_CONTRACTIONS "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|" TOK_WORDS}, 1, 1},
+    {"qwen2", {TOK_CONTRACTIONS "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|" TOK_WORDS}, 0, 0},
+};
+
+static int tok_set_has(const tok_set *s, uint32_t cp, int category) {
+    int in = (s->categories >> category & 1) || (s->space && unicode_is_space(cp));
+    for (int i = 0; i < s->n_ranges && !in; i++) in = cp >= s->lo[i] && cp <= s->hi[i];
+    return in != s->negated;
+}
+
+/* "\p{L}", "\p{Lu}": all categories whose names begin so. */
+static uint32_t tok_category_bits(const char *name, size_t len) {
+    static const char names[] = "LuLlLtLmLoMnMcMeNdNlNoPcPdPsPePiPfPoSmScSkSoZsZlZpCcCfCsCoCn";
+    uint32_t bits = 0;
+    for (uint32_t i = 0; i < 30; i++)
+        if (names[2 * i] == name[0] && (len < 2 || names[2 * i + 1] == name[1])) bits |= 1u << i;
+    return bits;
+}
+
+/* escape = "\p{" name "}" | "\s" | "\S" | "\r" | "\n" | "\" char; anything else stands for itself */
+static const char *tok_parse_char(const char *p, tok_set *s) {
+    unsigned char c = (unsigned char)*p++;
+    if (c == '\\') {
+        c = (unsigned char)*p++;
+        if (c == 'p') {
+            const char *end = strchr(p, '}');
+            s->categories |= tok_category_bits(p + 1, (size_t)(end - p - 1));
+            return end + 1;
+        }
+        if (c == 's') return s->space = 1, p;
+        if (c == 'S') return s->space = 1, s->negated = 1, p;
+        c = c == 'r' ? '\r' : c == 'n' ? '\n' : c;
+    }
+    uint32_t to = c;
+    if (p[0] == '-' && p[1] && p[1] != ']') to = (unsigned char)p[1], p += 2;
+    s->lo[s->n_ranges] = c, s->hi[s->n_ranges++] = to;
+    return p;
+}
+
+/* item = set [ "?" | "*" | "+" | "{" min [ "," max ] "}" ] | "(?!" set ")"; set = char | "[" [ "^" ] *char "]" */
+static const char *tok_parse_item(const char *p, tok_item *it) {
+    memset(it, 0, sizeof *it);
+    it->min = it->max = 1;
+    if (strncmp(p, "(?!", 3) == 0) return it->not_ahead = 1, tok_parse_char(p + 3, &it->set) + 1;
+    if (*p == '[') {
+        p++;
+        if (*p == '^') it->set.negated = 1, p++;
+        while (*p != ']') p = tok_parse_char(p, &it->set);
+        p++;
+    } else p = tok_parse_char(p, &it->set);
+    if (*p == '?') return it->min = 0, p + 1;
+    if (*p == '+') return it->max = TOK_MANY, p + 1;
+    if (*p == '*') return it->min = 0, it->max = TOK_MANY, p + 1;
+    if (*p != '{') return p;
+    it->min = it->max = (int)strtol(p + 1, (char **)&p, 10);
+    if (*p == ',') it->max = (int)strtol(p + 1, (char **)&p, 10);
+    return p + 1;
+}
+
+static void tok_parse_pattern(const char *p, tok_pattern *out) {
+    memset(out, 0, sizeof *out);
+    for (out->n = 1; *p;) {
+        if (*p == '|') out->n++, p++;
+        else p = tok_parse_item(p, &out->alt[out->n - 1].item[out->alt[out->n - 1].n++]);
+    }
+}
+
+typedef struct { /* the text of one call, decoded */
+    uint32_t *cp;
+    unsigned char *category;
+    uint32_t *at;   /* [n + 1] byte offsets */
+    int n;
+} tok_text;
+
+/* Matches items[0..n) at code point `from`; returns the end, or -1. Recursion is as deep as n. */
+static int tok_match(const tok_text *t, const tok_item *item, int n, int from, int end) {
+    if (n == 0) return from;
+    int most = 0;
+    while (most < item->max && from + most < end && tok_set_has(&item->set, t->cp[from + most], t->category[from + most])) most++;
+    if (item->not_ahead) return most ? -1 : tok_match(t, item + 1, n - 1, from, end);
+    for (int k = most; k >= item->min; k--) {
+        int to = tok_match(t, item + 1, n - 1, from + k, end);
+        if (to >= 0) return to;
+    }
+    return -1;
+}
+
+/* ---- the vocabulary ---- */
+
+typedef struct {
+    str text;
+    float score;
+    unsigned char type;
+    unsigned char ends; /* an end-of-generation token */
+} tok_entry;
+
+typedef struct {
+    enum tok_kind kind;
+    int n;
+    tok_entry *entry;
+    uint32_t *table;       /* hash of texts: id + 1, or 0 */
+    uint64_t table_mask;
+    int n_merges;
+    str *merge;            /* "left right", most important first */
+    uint32_t *merge_table; /* hash of merges: rank + 1, or 0 */
+    uint64_t merge_mask;
+    int n_special;
+    int32_t *special;      /* tokens that may stand in text as such, the longest first */
+    int32_t bos, eos, unk; /* -1 where there is none */
+    int32_t byte[256];     /* SPM: the token of each byte */
+    int add_bos, add_space_prefix;
+    const tok_pre *pre;
+    int n_stages;
+    tok_pattern stage[TOK_STAGES];
+    uint16_t from_unicode[0x144]; /* byte-level BPE: 1 + the byte that a code point below 0x144 stands for */
+    uint16_t to_unicode[256];
+    const char *name;      /* "gguf-bpe" or "gguf-spm", for /health */
+} tok;
+
+typedef struct { /* a growing list of ids; when memory runs out it sets failed */
+    int32_t *id;
+    int n, cap, failed;
+} tok_ids;
+
+static void tok_ids_add(tok_ids *ids, int32_t id) {
+    if (ids->n == ids->cap) {
+        int cap = ids->cap ? ids->cap * 2 : 64;
+        int32_t *p = realloc(ids->id, (size_t)cap * sizeof *p);
+        if (!p) {
+            ids->failed = 1;
+            return;
+        }
+        ids->id = p, ids->cap = cap;
+    }
+    ids->id[ids->n++] = id;
+}
+
+static int32_t tok_find(const tok *t, str text) { /* the id of a token's text, or -1 */
+    for (uint64_t i = str_hash(text) & t->table_mask; t->table[i]; i = (i + 1) & t->table_mask)
+        if (str_eq(t->entry[t->table[i] - 1].text, text)) return (int32_t)t->table[i] - 1;
+    return -1;
+}
+
+static uint64_t tok_hash_pair(str a, str b) { /* str_hash of a, a space, and b */
+    uint64_t h = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < a.len; i++) h = (h ^ (unsigned char)a.ptr[i]) * 0x100000001b3u;
+    h = (h ^ ' ') * 0x100000001b3u;
+    for (size_t i = 0; i < b.len; i++) h = (h ^ (unsigned char)b.ptr[i]) * 0x100000001b3u;
+    return h ^ h >> 29;
+}
+
+static int tok_find_merge(const tok *t, str a, str b) { /* its rank, or -1 */
+    for (uint64_t i = tok_hash_pair(a, b) & t->merge_mask; t->merge_table[i]; i = (i + 1) & t->merge_mask) {
+        str m = t->merge[t->merge_table[i] - 1];
+        if (m.len == a.len + 1 + b.len && memcmp(m.ptr, a.ptr, a.len) == 0 && m.ptr[a.len] == ' ' && memcmp(m.ptr + a.len + 1, b.ptr, b.len) == 0)
+            return (int)t->merge_table[i] - 1;
+    }
+    return -1;
+}
+
+/* ---- merging ---- */
+
+typedef struct {
+    str text;       /* len 0: merged into its left neighbour */
+    int prev, next; /* -1 at the ends */
+} tok_symbol;
+
+typedef struct {
+    float cost;     /* the lowest goes first; ties go to the left */
+    int left;
+    uint32_t len;   /* of the pair when it was found: a stale entry has another */
+} tok_pair;
+
+typedef struct { /* scratch of one call, for texts of up to `cap` symbols */
+    tok_symbol *symbol;
+    tok_pair *heap;
+    int n_symbols, n_heap;
+} tok_work;
+
+static int tok_pair_before(tok_pair a, tok_pair b) { return a.cost != b.cost ? a.cost < b.cost : a.left < b.left; }
+
+static void tok_heap_push(tok_work *w, tok_pair x) {
+    int i = w->n_heap++;
+    for (; i > 0 && tok_pair_before(x, w->heap[(i - 1) / 2]); i = (i - 1) / 2) w->heap[i] = w->heap[(i - 1) / 2];
+    w->heap[i] = x;
+}
+
+static tok_pair tok_heap_pop(tok_work *w) {
+    tok_pair top = w->heap[0], x = w->heap[--w->n_heap];
+    int i = 0;
+    for (int child; (child = 2 * i + 1) < w->n_heap; i = child) {
+        if (child + 1 < w->n_heap && tok_pair_before(w->heap[child + 1], w->heap[child])) child++;
+        if (!tok_pair_before(w->heap[child], x)) break;
+        w->heap[i] = w->heap[child];
+    }
+    w->heap[i] = x;
+    return top;
+}
+
+static void tok_consider(const tok *t, tok_work *w, int left) { /* puts the pair (left, next) on the heap if it can merge */
+    if (left < 0 || w->symbol[left].next < 0) return;
+    str a = w->symbol[left].text, b = w->symbol[w->symbol[left].next].text;
+    tok_pair p = {0, left, (uint32_t)(a.len + b.len)};
+    if (t->kind == TOK_BPE) {
+        int rank = tok_find_merge(t, a, b);
+        if (rank < 0) return;
+        p.cost = (float)rank;
+    } else { /* neighbours are contiguous in the text */
+        int32_t id = tok_find(t, str_make(a.ptr, a.len + b.len));
+        if (id < 0) return;
+        p.cost = -t->entry[id].score;
+    }
+    tok_heap_push(w, p);
+}
+
+/* Merges one word, already escaped as the vocabulary is (spaces as U+2581, or bytes as code points).
+ * Each merge removes a symbol and adds at most two pairs, so the heap never holds more than 3n. */
+static void tok_merge(const tok *t, tok_work *w, str word) {
+    w->n_symbols = w->n_heap = 0;
+    for (size_t i = 0; i < word.len;) {
+        uint32_t cp;
+        int k = utf8_decode(word.ptr + i, word.len - i, &cp);
+        int s = w->n_symbols++;
+        w->symbol[s].text = str_make(word.ptr + i, (size_t)k);
+        w->symbol[s].prev = s - 1;
+        i += (size_t)k;
+        w->symbol[s].next = i < word.len ? s + 1 : -1;
+    }
+    for (int i = 0; i + 1 < w->n_symbols; i++) tok_consider(t, w, i);
+    while (w->n_heap) {
+        tok_pair p = tok_heap_pop(w);
+        tok_symbol *left = &w->symbol[p.left];
+        if (left->text.len == 0 || left->next < 0) continue;
+        tok_symbol *right = &w->symbol[left->next];
+        if (left->text.len + right->text.len != p.len) continue;
+        left->text.len = p.len;
+        right->text.len = 0;
+        left->next = right->next;
+        if (left->next >= 0) w->symbol[left->next].prev = p.left;
+        tok_consider(t, w, left->prev);
+        tok_consider(t, w, p.left);
+    }
+}
+
+/* Emits the merged symbols; what is no token falls back to bytes (SPM) or to the unknown token. */
+static void tok_emit(const tok *t, const tok_work *w, tok_ids *out) {
+    for (int s = 0; s >= 0 && s < w->n_symbols; s = w->symbol[s].next) {
+        str text = w->symbol[s].text;
+        int32_t id = tok_find(t, text);
+        if (id >= 0) tok_ids_add(out, id);
+        else if (t->kind == TOK_SPM)
+            for (size_t i = 0; i < text.len; i++) {
+                int32_t b = t->byte[(unsigned char)text.ptr[i]];
+                if (b >= 0 || t->unk >= 0) tok_ids_add(out, b >= 0 ? b : t->unk);
+            }
+        else if (t->unk >= 0) tok_ids_add(out, t->unk);
+    }
+}
+
+/* ---- encoding ---- */
+
+typedef struct {
+    int from, to; /* code points */
+} tok_span;
+
+/* Cuts spans by one pattern; `out` has room for a span for each code point. */
+static int tok_cut(const tok_pattern *pat, const tok_text *text, const tok_span *in, int n_in, tok_span *out) {
+    int n = 0;
+    for (int s = 0; s < n_in; s++) {
+        int gap = in[s].from;
+        for (int i = in[s].from; i < in[s].to;) {
+            int end = -1;
+            for (int a = 0; a < pat->n && end < 0; a++) end = tok_match(text, pat->alt[a].item, pat->alt[a].n, i, in[s].to);
+            if (end <= i) {
+                i++;
+                continue;
+            }
+            if (gap < i) out[n].from = gap, out[n++].to = i;
+            out[n].from = i, out[n++].to = end;
+            i = gap = end;
+        }
+        if (gap < in[s].to) out[n].from = gap, out[n++].to = in[s].to;
+    }
+    return n;
+}
+
+static void tok_encode_words(const tok *t, str raw, const tok_text *text, tok_span *spans, int n, tok_ids *out) {
+    tok_work w = {malloc((size_t)text->at[text->n] * sizeof *w.symbol + 1), malloc((size_t)text->at[text->n] * 3 * sizeof *w.heap + 1), 0, 0};
+    buf word = {0};
+    for (int i = 0; i < n && w.symbol && w.heap && !word.failed; i++) {
+        word.len = 0;
+        for (uint32_t k = text->at[spans[i].from]; k < text->at[spans[i].to]; k++) {
+            char utf8[4];
+            buf_add(&word, utf8, (size_t)utf8_encode(t->to_unicode[(unsigned char)raw.ptr[k]], utf8));
+        }
+        int32_t whole = t->pre->ignore_merges ? tok_find(t, buf_str(&word)) : -1;
+        if (whole >= 0) {
+            tok_ids_add(out, whole);
+            continue;
+        }
+        tok_merge(t, &w, buf_str(&word));
+        tok_emit(t, &w, out);
+    }
+    if (!w.symbol || !w.heap || word.failed) out->failed = 1;
+    free(w.symbol);
+    free(w.heap);
+    buf_free(&word);
+}
+
+static void tok_encode_bpe(const tok *t, str raw, tok_ids *out) {
+    size_t n = raw.len + 1;
+    tok_text text = {malloc(n * 4), malloc(n), malloc(n * 4), 0};
+    tok_span *a = malloc(n * sizeof *a), *b = malloc(n * sizeof *b);
+    if (text.cp && text.category && text.at && a && b) {
+        for (size_t i = 0; i < raw.len; text.n++) {
+            text.at[text.n] = (uint32_t)i;
+            i += (size_t)utf8_decode(raw.ptr + i, raw.len - i, &text.cp[text.n]);
+            text.category[text.n] = (unsigned char)unicode_category(text.cp[text.n]);
+        }
+        text.at[text.n] = (uint32_t)raw.len;
+        int spans = text.n > 0;
+        a[0].from = 0, a[0].to = text.n;
+        for (int s = 0; s < t->n_stages; s++) {
+            spans = tok_cut(&t->stage[s], &text, a, spans, b);
+            tok_span *swap = a;
+            a = b, b = swap;
+        }
+        tok_encode_words(t, raw, &text, a, spans, out);
+    } else out->failed = 1;
+    free(text.cp), free(text.category), free(text.at), free(a), free(b);
+}
+
+static void tok_encode_spm(const tok *t, str raw, int space_first, tok_ids *out) {
+    buf b = {0};
+    if (space_first) buf_puts(&b, "\xe2\x96\x81");
+    for (size_t i = 0; i < raw.len; i++) {
+        if (raw.ptr[i] == ' ') buf_puts(&b, "\xe2\x96\x81");
+        else buf_putc(&b, raw.ptr[i]);
+    }
+    tok_work w = {malloc(b.len * sizeof *w.symbol + 1), malloc(b.len * 3 * sizeof *w.heap + 1), 0, 0};
+    if (!b.failed && w.symbol && w.heap) {
+        tok_merge(t, &w, buf_str(&b));
+        tok_emit(t, &w, out);
+    } else out->failed = 1;
+    free(w.symbol), free(w.heap);
+    buf_free(&b);
+}
+
+typedef struct {
+    str text;
+    int32_t id; /* a token found in the text, or -1: text to encode */
+} tok_piece_of_text;
+
+/* Cuts one piece wherever token `id` stands in it; appends the parts to out. */
+static int tok_split_piece(const tok *t, tok_piece_of_text in, int32_t id, tok_piece_of_text **out, int *n, int *cap) {
+    str mark = t->entry[id].text, rest = in.text;
+    for (;;) {
+        if (*cap - *n < 2) {
+            int more = *cap * 2 + 8;
+            tok_piece_of_text *p = realloc(*out, (size_t)more * sizeof *p);
+            if (!p) return 0;
+            *out = p, *cap = more;
+        }
+        const char *at = in.id < 0 && rest.len ? memmem(rest.ptr, rest.len, mark.ptr, mark.len) : NULL;
+        size_t before = at ? (size_t)(at - rest.ptr) : rest.len;
+        if (before || in.id >= 0) (*out)[*n].text = str_make(rest.ptr, before), (*out)[(*n)++].id = in.id;
+        if (!at) return 1;
+        (*out)[*n].text = mark, (*out)[(*n)++].id = id;
+        rest = str_make(at + mark.len, rest.len - before - mark.len);
+    }
+}
+
+/* Finds the tokens that may stand in text as such, the longest first, as llama.cpp does. User-defined
+ * tokens always count; control tokens only with TOK_SPECIAL. */
+static tok_piece_of_text *tok_partition(const tok *t, str text, int flags, int *count) {
+    int n = 1, cap = 8;
+    tok_piece_of_text *pieces = malloc((size_t)cap * sizeof *pieces);
+    if (!pieces) return NULL;
+    pieces[0].text = text, pieces[0].id = -1;
+    for (int s = 0; s < t->n_special; s++) {
+        const tok_entry *e = &t->entry[t->special[s]];
+        if (e->type != TOK_USER && !(flags & TOK_SPECIAL)) continue;
+        if (!memmem(text.ptr, text.len, e->text.ptr, e->text.len)) continue;
+        tok_piece_of_text *out = NULL;
+        int n_out = 0, out_cap = 0, ok = 1;
+        for (int i = 0; i < n && ok; i++) ok = tok_split_piece(t, pieces[i], t->special[s], &out, &n_out, &out_cap);
+        free(pieces);
+        if (!ok) return free(out), NULL;
+        pieces = out, n = n_out;
+    }
+    *count = n;
+    return pieces;
+}
+
+/* Appends the ids of a text to out. Returns 0 if the text is not UTF-8 or memory ran out. Any thread. */
+static int tok_encode(const tok *t, str text, int flags, tok_ids *out) {
+    if (utf8_count(text) < 0 || text.len > (size_t)1 << 30) return 0;
+    if ((flags & TOK_BOS) && t->add_bos && t->bos >= 0) tok_ids_add(out, t->bos);
+    if (text.len == 0) return !out->failed;
+    int n = 0, after_special = 1;
+    tok_piece_of_text *piece = tok_partition(t, text, flags, &n);
+    if (!piece) return 0;
+    for (int i = 0; i < n; i++) {
+        if (piece[i].id >= 0) tok_ids_add(out, piece[i].id);
+        else if (t->kind == TOK_BPE) tok_encode_bpe(t, piece[i].text, out);
+        else tok_encode_spm(t, piece[i].text, t->add_space_prefix && after_special, out);
+        after_special = piece[i].id >= 0;
+    }
+    free(piece);
+    return !out->failed;
+}
+
+/* ---- decoding ---- */
+
+static int tok_hex_byte(str s) { /* the value of "<0x1F>", or -1 */
+    if (s.len != 6 || memcmp(s.ptr, "<0x", 3) || s.ptr[5] != '>') return -1;
+    char quad[4] = {'0', '0', s.ptr[3], s.ptr[4]};
+    return json_hex4(quad, quad + 4);
+}
+
+/* Appends the bytes that a token stands for. Control tokens have none unless `special`. */
+static void tok_piece(const tok *t, int32_t id, int special, buf *out) {
+    if (id < 0 || id >= t->n) return;
+    const tok_entry *e = &t->entry[id];
+    if (e->type == TOK_CONTROL || e->type == TOK_UNKNOWN) {
+        if (special) buf_add(out, e->text.ptr, e->text.len);
+        return;
+    }
+    if (e->type == TOK_BYTE && tok_hex_byte(e->text) >= 0) {
+        buf_putc(out, (char)tok_hex_byte(e->text));
+        return;
+    }
+    if (t->kind == TOK_BPE && e->type == TOK_USER) {
+        buf_add(out, e->text.ptr, e->text.len);
+        return;
+    }
+    for (size_t i = 0; i < e->text.len;) {
+        uint32_t cp = 0;
+        int k = utf8_decode(e->text.ptr + i, e->text.len - i, &cp);
+        if (k <= 0) k = 1, cp = 0x10ffff; /* a vocabulary may hold bytes that are no text */
+        if (t->kind == TOK_SPM && cp == 0x2581) buf_putc(out, ' ');
+        else if (t->kind == TOK_BPE && cp < 0x144 && t->from_unicode[cp]) buf_putc(out, (char)(t->from_unicode[cp] - 1));
+        else buf_add(out, e->text.ptr + i, (size_t)k);
+        i += (size_t)k;
+    }
+}
+
+/* The text of a list of ids, without the space that encoding may have put first. */
+static void tok_decode(const tok *t, const int32_t *id, int n, int special, buf *out) {
+    int first = 1;
+    for (int i = 0; i < n; i++) {
+        size_t from = out->len;
+        tok_piece(t, id[i], special, out);
+        int control = id[i] >= 0 && id[i] < t->n && t->entry[id[i]].type == TOK_CONTROL;
+        if (first && !control && t->kind == TOK_SPM && t->add_space_prefix && out->len > from && out->ptr[from] == ' ' &&
+            t->entry[id[i]].type != TOK_BYTE) {
+            memmove(out->ptr + from, out->ptr + from + 1, out->len - from - 1);
+            out->len--;
+        }
+        first = control;
+    }
+}
+
+/* ---- loading ---- */
+
+static int tok_load_texts(tok *t, const gguf_file *g, char *err, size_t cap) {
+    const gguf_kv *tokens = gguf_get_array(g, "tokenizer.ggml.tokens", GGUF_STRING);
+    const gguf_kv *scores = gguf_find(g, "tokenizer.ggml.scores"), *types = gguf_find(g, "tokenizer.ggml.token_type");
+    if (!tokens || tokens->count == 0) return sys_fail(err, cap, "%s: no tokenizer.ggml.tokens: the file has no vocabulary", g->path);
+    if (tokens->count > MAX_VOCAB) return sys_fail(err, cap, "%s: a vocabulary of %llu tokens is not supported", g->path, (unsigned long long)tokens->count);
+    t->n = (int)tokens->count;
+    if (scores && (!scores->is_array || scores->type != GGUF_F32 || scores->count != tokens->count))
+        return sys_fail(err, cap, "%s: tokenizer.ggml.scores must be an array of %d f32", g->path, t->n);
+    if (types && (!types->is_array || (types->type != GGUF_I32 && types->type != GGUF_U32) || types->count != tokens->count))
+        return sys_fail(err, cap, "%s: tokenizer.ggml.token_type must be an array of %d i32", g->path, t->n);
+    t->entry = sys_zalloc((size_t)t->n, sizeof *t->entry);
+    for (t->table_mask = 1; t->table_mask < 2 * (uint64_t)t->n; t->table_mask *= 2) continue;
+    t->table = sys_zalloc((size_t)t->table_mask, sizeof *t->table);
+    t->table_mask--;
+    if (!t->entry || !t->table) return sys_fail(err, cap, "%s: out of memory for the vocabulary", g->path);
+    const unsigned char *p = tokens->value;
+    for (int i = 0; i < t->n; i++) {
+        tok_entry *e = &t->entry[i];
+        uint64_t len;
+        int32_t type = TOK_NORMAL;
+        memcpy(&len, p, 8);
+        e->text = str_make((const char *)p + 8, (size_t)len);
+        p += 8 + len;
+        if (scores) memcpy(&e->score, scores->value + 4 * (size_t)i, 4);
+        if (e->score != e->score) return sys_fail(err, cap, "%s: tokenizer.ggml.scores[%d] is not a number", g->path, i);
+        if (types) memcpy(&type, types->value + 4 * (size_t)i, 4);
+        e->type = type >= TOK_NORMAL && type <= TOK_BYTE ? (unsigned char)type : TOK_NORMAL;
+        uint64_t h = str_hash(e->text) & t->table_mask; /* of two tokens with one text the later counts */
+        while (t->table[h] && !str_eq(t->entry[t->table[h] - 1].text, e->text)) h = (h + 1) & t->table_mask;
+        t->table[h] = (uint32_t)i + 1;
+    }
+    return 1;
+}
+
+static int tok_load_merges(tok *t, const gguf_file *g, char *err, size_t cap) {
+    const gguf_kv *kv = gguf_get_array(g, "tokenizer.ggml.merges", GGUF_STRING);
+    if (!kv || kv->count > MAX_VOCAB) return sys_fail(err, cap, "%s: tokenizer.ggml.merges must be an array of strings", g->path);
+    t->n_merges = (int)kv->count;
+    t->merge = sys_zalloc((size_t)t->n_merges, sizeof *t->merge);
+    for (t->merge_mask = 1; t->merge_mask < 2 * (uint64_t)t->n_merges; t->merge_mask *= 2) continue;
+    t->merge_table = sys_zalloc((size_t)t->merge_mask, sizeof *t->merge_table);
+    t->merge_mask--;
+    if (!t->merge || !t->merge_table) return sys_fail(err, cap, "%s: out of memory for the merges", g->path);
+    const unsigned char *p = kv->value;
+    for (int i = 0; i < t->n_merges; i++) {
+        uint64_t len;
+        memcpy(&len, p, 8);
+        t->merge[i] = str_make((const char *)p + 8, (size_t)len);
+        p += 8 + len;
+        uint64_t h = str_hash(t->merge[i]) & t->merge_mask;
+        while (t->merge_table[h] && !str_eq(t->merge[t->merge_table[h] - 1], t->merge[i])) h = (h + 1) & t->merge_mask;
+        if (!t->merge_table[h]) t->merge_table[h] = (uint32_t)i + 1;
+    }
+    return 1;
+}
+
+/* GPT-2's map of bytes to visible code points: printable Latin-1 stays, the rest becomes 256, 257, ... */
+static void tok_init_bytes(tok *t) {
+    uint16_t next = 256;
+    for (int b = 0; b < 256; b++) {
+        int stays = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
+        t->to_unicode[b] = stays ? (uint16_t)b : next++;
+        t->from_unicode[t->to_unicode[b]] = (uint16_t)(b + 1);
+        char name[8];
+        snprintf(name, sizeof name, "<0x%02X>", (unsigned)b);
+        t->byte[b] = tok_find(t, str_of(name));
+        char raw = (char)b;
+        if (t->byte[b] < 0) t->byte[b] = tok_find(t, str_make(&raw, 1));
+    }
+}
+
+static int tok_find_pre(tok *t, str want) {
+    for (size_t i = 0; i < sizeof tok_pres / sizeof *tok_pres; i++)
+        for (const char *p = tok_pres[i].names; *p;) {
+            size_t n = strcspn(p, " ");
+            if (str_eq(str_make(p, n), want)) t->pre = &tok_pres[i];
+            p += n + (p[n] == ' ');
+        }
+    if (!t->pre) return 0;
+    for (; t->n_stages < TOK_STAGES && t->pre->stage[t->n_stages]; t->n_stages++)
+        tok_parse_pattern(t->pre->stage[t->n_stages], &t->stage[t->n_stages]);
+    return 1;
+}
+
+static int tok_load_pre(tok *t, const gguf_file *g, const char *override, char *err, size_t cap) {
+    str want = override && *override ? str_of(override) : gguf_get_str(g, "tokenizer.ggml.pre");
+    char names[256] = "", shown[96];
+    if (want.len == 0) want = str_of("default");
+    if (tok_find_pre(t, want)) return 1;
+    for (size_t i = 0; i < sizeof tok_pres / sizeof *tok_pres; i++)
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%.*s", i ? ", " : "", (int)strcspn(tok_pres[i].names, " "), tok_pres[i].names);
+    return sys_fail(err, cap, "%s: pre-tokenizer '%s' is not supported; supported: %s (--pre NAME chooses one)", g->path, gguf_show(want, shown), names);
+}
+
+static int32_t tok_special_id(const tok *t, const gguf_file *g, const char *key) {
+    if (!gguf_find(g, key)) return -1;
+    uint64_t id = gguf_get_uint(g, key, UINT64_MAX);
+    if (id < (uint64_t)t->n) return (int32_t)id;
+    log_note(LOG_WARN, "model_load_progress", "\"warning\":\"%s is outside the vocabulary and is ignored\"", key);
+    return -1;
+}
+
+/* Tokens that end a generation: those the file names, and control tokens with a well-known text. */
+static void tok_mark_ends(tok *t, const gguf_file *g) {
+    static const char *const keys[] = {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
+    static const char *const texts[] = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+        "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "< EOT >", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<eos>",
+        "<\xef\xbd\x9c" "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>"};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        int32_t id = tok_special_id(t, g, keys[i]);
+        if (id >= 0) t->entry[id].ends = 1;
+    }
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        int32_t id = tok_find(t, str_of(texts[i]));
+        if (id >= 0 && (t->entry[id].type == TOK_CONTROL || t->entry[id].type == TOK_USER)) t->entry[id].ends = 1;
+    }
+}
+
+typedef struct { /* for sorting ids by the length of their texts */
+    int32_t id;
+    size_t len;
+} tok_by_length;
+static int tok_longer_first(const void *a, const void *b) {
+    const tok_by_length *x = a, *y = b;
+    if (x->len != y->len) return x->len > y->len ? -1 : 1;
+    return (x->id > y->id) - (x->id < y->id);
+}
+
+static int tok_collect_special(tok *t) {
+    int n = 0;
+    for (int i = 0; i < t->n; i++) {
+        int type = t->entry[i].type;
+        n += (type == TOK_CONTROL || type == TOK_USER || type == TOK_UNKNOWN) && t->entry[i].text.len;
+    }
+    tok_by_length *sort = sys_zalloc((size_t)n, sizeof *sort);
+    t->special = sys_zalloc((size_t)n, sizeof *t->special);
+    if (!sort || !t->special) return free(sort), 0;
+    for (int i = 0; i < t->n; i++) {
+        int type = t->entry[i].type;
+        if ((type == TOK_CONTROL || type == TOK_USER || type == TOK_UNKNOWN) && t->entry[i].text.len)
+            sort[t->n_special].id = i, sort[t->n_special++].len = t->entry[i].text.len;
+    }
+    qsort(sort, (size_t)n, sizeof *sort, tok_longer_first);
+    for (int i = 0; i < n; i++) t->special[i] = sort[i].id;
+    free(sort);
+    return 1;
+}
+
+static void tok_free(tok *t) {
+    if (!t) return;
+    free(t->entry), free(t->table), free(t->merge), free(t->merge_table), free(t->special);
+    free(t);
+}
+
+/* Reads the vocabulary. `pre` overrides tokenizer.ggml.pre ("" or NULL: does not). NULL with err set. */
+static tok *tok_load(const gguf_file *g, const char *pre, char *err, size_t cap) {
+    str model = gguf_get_str(g, "tokenizer.ggml.model");
+    char shown[96];
+    tok *t = sys_zalloc(1, sizeof *t);
+    if (!t) return sys_fail(err, cap, "out of memory"), NULL;
+    int ok = 1;
+    if (str_is(model, "llama")) t->kind = TOK_SPM, t->name = "gguf-spm";
+    else if (str_is(model, "gpt2")) t->kind = TOK_BPE, t->name = "gguf-bpe";
+    else ok = sys_fail(err, cap, "%s: tokenizer '%s' is not supported; supported: llama, gpt2", g->path, gguf_show(model, shown));
+    ok = ok && tok_load_texts(t, g, err, cap);
+    if (ok && t->kind == TOK_BPE) ok = tok_load_merges(t, g, err, cap) && tok_load_pre(t, g, pre, err, cap);
+    if (ok && !tok_collect_special(t)) ok = sys_fail(err, cap, "out of memory");
+    if (!ok) return tok_free(t), NULL;
+    tok_init_bytes(t);
+    int spm = t->kind == TOK_SPM;
+    t->bos = tok_special_id(t, g, "tokenizer.ggml.bos_token_id");
+    t->eos = tok_special_id(t, g, "tokenizer.ggml.eos_token_id");
+    t->unk = tok_special_id(t, g, "tokenizer.ggml.unknown_token_id");
+    if (spm && t->bos < 0 && t->n > 2) t->bos = 1; /* SentencePiece's own defaults */
+    if (spm && t->eos < 0 && t->n > 2) t->eos = 2, t->entry[2].ends = 1;
+    if (spm && t->unk < 0) t->unk = 0;
+    t->add_bos = gguf_get_bool(g, "tokenizer.ggml.add_bos_token", spm || t->pre->add_bos);
+    t->add_space_prefix = gguf_get_bool(g, "tokenizer.ggml.add_space_prefix", spm);
+    tok_mark_ends(t, g);
+    return t;
+}
+
+/* ==== KV cache =============================================================================
+ * Keys and values of past tokens, in blocks of KV_BLOCK positions from one pool that is sized at start. A
+ * block holds all layers; within a layer each KV head has K as [head_dim][KV_BLOCK], so that vector lanes
+ * are positions, then V as [KV_BLOCK][head_dim], so that lanes are columns. A sequence owns the blocks in its table, in
+ * the order of its positions. The pool has no lock: the engine thread alone takes and gives back. */
+
+typedef struct {
+    int n_layer, n_head_kv, head_dim, is_f16;
+    size_t head_bytes, layer_bytes, block_bytes;
+} kv_layout;
+
+typedef struct {
+    kv_layout layout;
+    char *base;       /* [n_blocks][block_bytes] */
+    uint32_t *free;   /* stack of free block numbers */
+    int n_blocks, n_free;
+} kv_pool;
+
+typedef struct {
+    uint32_t *block;  /* [n_blocks], from the pool */
+    int n_blocks;
+} kv_seq;
+
+static kv_layout kv_layout_of(int n_layer, int n_head_kv, int head_dim, int is_f16) {
+    kv_layout l = {n_layer, n_head_kv, head_dim, is_f16, 0, 0, 0};
+    l.head_bytes = (size_t)head_dim * KV_BLOCK * 2 * (is_f16 ? 2 : 4);
+    l.layer_bytes = l.head_bytes * (size_t)n_head_kv;
+    l.block_bytes = l.layer_bytes * (size_t)n_layer;
+    return l;
+}
+
+static int kv_blocks_for(int64_t n_tokens) { return (int)((n_tokens + KV_BLOCK - 1) / KV_BLOCK); }
+
+static void kv_pool_close(kv_pool *p) {
+    sys_pages_free(p->base, p->layout.block_bytes * (size_t)p->n_blocks);
+    free(p->free);
+    memset(p, 0, sizeof *p);
+}
+
+static int kv_pool_open(kv_pool *p, kv_layout layout, int n_blocks) {
+    p->layout = layout, p->n_blocks = p->n_free = n_blocks;
+    p->base = sys_pages(layout.block_bytes * (size_t)n_blocks);
+    p->free = sys_zalloc((size_t)n_blocks, sizeof *p->free);
+    if (!p->base || !p->free) return kv_pool_close(p), 0;
+    for (int i = 0; i < n_blocks; i++) p->free[i] = (uint32_t)(n_blocks - 1 - i);
+    return 1;
+}
+
+/* Reserves blocks for n_tokens positions; all or nothing. The table must hold kv_blocks_for(n_tokens). */
+static int kv_reserve(kv_pool *p, kv_seq *s, int64_t n_tokens) {
+    int need = kv_blocks_for(n_tokens);
+    if (need > p->n_free) return 0;
+    for (s->n_blocks = 0; s->n_blocks < need; s->n_blocks++) s->block[s->n_blocks] = p->free[--p->n_free];
+    return 1;
+}
+
+static void kv_release(kv_pool *p, kv_seq *s) {
+    while (s->n_blocks) p->free[p->n_free++] = s->block[--s->n_blocks];
+}
+
+/* ==== Model ================================================================================
+ * The shapes and tensors of a model, bound once to fields by a table, and the forward pass over a batch of
+ * tokens. A family is a row of model_archs. A model is read-only once loaded; model_run owns the scratch
+ * and the logits of one thread of use. Names: n_embd, n_head, n_head_kv, head_dim, n_ff, n_ctx as usual. */
+
+typedef struct {
+    const quant_format *format; /* NULL: absent */
+    const char *data;           /* [rows][n], in the mapped file */
+    int64_t n, rows;
+} model_matrix;
+
+typedef struct {
+    float *attn_norm, *ffn_norm;             /* [n_embd] */
+    float *q_norm, *k_norm;                  /* [head_dim] or NULL */
+    float *q_bias, *k_bias, *v_bias;         /* or NULL */
+    float *o_bias, *gate_bias, *up_bias, *down_bias;
+    model_matrix q, k, v, o;                 /* [n_head*head_dim][n_embd], [n_head_kv*head_dim][n_embd] x2, [n_embd][n_head*head_dim] */
+    model_matrix gate, up, down;             /* [n_ff][n_embd] x2, [n_embd][n_ff] */
+} model_layer;
+
+typedef struct {
+    const char *name;   /* general.architecture */
+    int pairs_apart;    /* RoPE turns (i, i + n_rot/2) instead of (2i, 2i+1) */
+    int qk_norm;        /* q_norm and k_norm are required */
+} model_arch;
+
+static const model_arch model_archs[] = {
+    {"llama", 0, 0},
+    {"qwen2", 1, 0},
+    {"qwen3", 1, 1},
+};
+
+typedef struct {
+    gguf_file *file;        /* owned */
+    tok *tok;               /* owned */
+    const model_arch *arch;
+    char name[128];         /* general.name, or the file's name without directory and ending */
+    char quant[32];         /* "Q4_K_M", "F16", ... */
+    int n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_rot;
+    int n_ctx_train;        /* the file's context length */
+    float eps, attn_scale;
+    double rope_base, rope_factor;
+    float *rope_freqs;      /* [n_rot / 2] divisors of the frequencies, or NULL */
+    double *inv_freq;       /* [n_rot / 2] radians per position */
+    model_matrix token_embd, output; /* [n_vocab][n_embd]; the output may be the embedding itself */
+    float *output_norm;     /* [n_embd] */
+    model_layer *layer;
+    uint64_t weight_bytes;  /* of all tensors */
+    uint64_t token_bytes;   /* weights read for each token: all matrices, the embedding's row aside */
+} model;
+
+/* ---- binding tensors to fields ---- */
+
+enum model_dim { DIM_NONE, DIM_EMBD, DIM_Q, DIM_KV, DIM_HEAD, DIM_FF, DIM_VOCAB, DIM_ROT_HALF };
+enum model_need { NEED_NO, NEED_YES, NEED_QK_NORM };
+
+typedef struct {
+    const char *name;       /* of a layer: what follows "blk.N." */
+    size_t field;           /* offset in model_layer or model */
+    enum model_dim in, out; /* a vector has no out: it is converted to floats */
+    enum model_need need;
+} model_tensor;
+
+#define F(field) offsetof(model_layer, field)
+static const model_tensor model_layer_tensors[] = {
+    {"attn_norm.weight", F(attn_norm), DIM_EMBD, DIM_NONE, NEED_YES},
+    {"attn_q.weight", F(q), DIM_EMBD, DIM_Q, NEED_YES},
+    {"attn_k.weight", F(k), DIM_EMBD, DIM_KV, NEED_YES},
+    {"attn_v.weight", F(v), DIM_EMBD, DIM_KV, NEED_YES},
+    {"attn_output.weight", F(o), DIM_Q, DIM_EMBD, NEED_YES},
+    {"attn_q.bias", F(q_bias), DIM_Q, DIM_NONE, NEED_NO},
+    {"attn_k.bias", F(k_bias), DIM_KV, DIM_NONE, NEED_NO},
+    {"attn_v.bias", F(v_bias), DIM_KV, DIM_NONE, NEED_NO},
+    {"attn_output.bias", F(o_bias), DIM_EMBD, DIM_NONE, NEED_NO},
+    {"attn_q_norm.weight", F(q_norm), DIM_HEAD, DIM_NONE, NEED_QK_NORM},
+    {"attn_k_norm.weight", F(k_norm), DIM_HEAD, DIM_NONE, NEED_QK_NORM},
+    {"ffn_norm.weight", F(ffn_norm), DIM_EMBD, DIM_NONE, NEED_YES},
+    {"ffn_gate.weight", F(gate), DIM_EMBD, DIM_FF, NEED_YES},
+    {"ffn_up.weight", F(up), DIM_EMBD, DIM_FF, NEED_YES},
+    {"ffn_down.weight", F(down), DIM_FF, DIM_EMBD, NEED_YES},
+    {"ffn_gate.bias", F(gate_bias), DIM_FF, DIM_NONE, NEED_NO},
+    {"ffn_up.bias", F(up_bias), DIM_FF, DIM_NONE, NEED_NO},
+    {"ffn_down.bias", F(down_bias), DIM_EMBD, DIM_NONE, NEED_NO},
+};
+#undef F
+#define F(field) offsetof(model, field)
+static const model_tensor model_global_tensors[] = {
+    {"token_embd.weight", F(token_embd), DIM_EMBD, DIM_VOCAB, NEED_YES},
+    {"output_norm.weight", F(output_norm), DIM_EMBD, DIM_NONE, NEED_YES},
+    {"output.weight", F(output), DIM_EMBD, DIM_VOCAB, NEED_NO},
+    {"rope_freqs.weight", F(rope_freqs), DIM_ROT_HALF, DIM_NONE, NEED_NO},
+};
+#undef F
+enum {
+    N_LAYER_TENSORS = sizeof model_layer_tensors / sizeof *model_layer_tensors,
+    N_GLOBAL_TENSORS = sizeof model_global_tensors / sizeof *model_global_tensors
+};
+
+static int64_t model_dim_of(const model *m, enum model_dim d) {
+    switch (d) {
+    case DIM_EMBD: return m->n_embd;
+    case DIM_Q: return (int64_t)m->n_head * m->head_dim;
+    case DIM_KV: return (int64_t)m->n_head_kv * m->head_dim;
+    case DIM_HEAD: return m->head_dim;
+    case DIM_FF: return m->n_ff;
+    case DIM_VOCAB: return m->n_vocab;
+    case DIM_ROT_HALF: return m->n_rot / 2;
+    default: return 1;
+    }
+}
+
+/* Binds one tensor to a field of `base`. Returns 0 with err set. */
+static int model_bind(model *m, const gguf_tensor *t, const model_tensor *want, void *base, char *err, size_t cap) {
+    const quant_format *f = quant_find(t->type);
+    int64_t in = model_dim_of(m, want->in), out = model_dim_of(m, want->out);
+    void *field = (char *)base + want->field;
+    if (f->kind == QUANT_NONE)
+        return sys_fail(err, cap, "%s: tensor %.*s is %s, which is not supported; supported: %s", m->file->path, (int)t->name.len, t->name.ptr, f->name, quant_supported());
+    if (t->dim[0] != (uint64_t)in || t->dim[1] != (uint64_t)out || t->dim[2] != 1 || t->dim[3] != 1)
+        return sys_fail(err, cap, "%s: tensor %.*s is %llu x %llu, but the model's shape asks for %lld x %lld", m->file->path, (int)t->name.len, t->name.ptr,
+                        (unsigned long long)t->dim[0], (unsigned long long)t->dim[1], (long long)in, (long long)out);
+    if (want->out == DIM_NONE) {
+        float *v = sys_zalloc((size_t)in, sizeof *v);
+        if (!v) return sys_fail(err, cap, "%s: out of memory", m->file->path);
+        quant_dequantise(f, t->data, v, in);
+        *(float **)field = v;
+        return 1;
+    }
+    model_matrix *x = field;
+    x->format = f, x->data = t->data, x->n = in, x->rows = out;
+    if (want->in != DIM_EMBD || want->out != DIM_VOCAB || want->need == NEED_NO) m->token_bytes += t->bytes;
+    return 1;
+}
+
+/* "blk.12.attn_q.weight": sets the layer and returns what follows, or NULL if it is no such name. */
+static const char *model_layer_name(str name, char tmp[GGUF_MAX_NAME], uint64_t *layer) {
+    memcpy(tmp, name.ptr, name.len), tmp[name.len] = 0;
+    if (strncmp(tmp, "blk.", 4) || tmp[4] < '0' || tmp[4] > '9') return NULL;
+    char *end;
+    *layer = strtoull(tmp + 4, &end, 10);
+    return *end == '.' ? end + 1 : NULL;
+}
+
+static int model_bind_one(model *m, const gguf_tensor *t, char *err, size_t cap) {
+    char tmp[GGUF_MAX_NAME];
+    uint64_t layer = 0;
+    const char *rest = model_layer_name(t->name, tmp, &layer);
+    if (rest && layer < (uint64_t)m->n_layer) {
+        for (int i = 0; i < N_LAYER_TENSORS; i++)
+            if (strcmp(rest, model_layer_tensors[i].name) == 0) return model_bind(m, t, &model_layer_tensors[i], &m->layer[layer], err, cap);
+        if (strcmp(rest, "attn_rot_embd.weight") == 0) return 1; /* a table that old converters left behind */
+    } else if (!rest)
+        for (int i = 0; i < N_GLOBAL_TENSORS; i++)
+            if (str_is(t->name, model_global_tensors[i].name)) return model_bind(m, t, &model_global_tensors[i], m, err, cap);
+    return sys_fail(err, cap, "%s: tensor %s is not one that lorch knows for architecture '%s' with %d layers: leaving it out would change the output",
+                    m->file->path, tmp, m->arch->name, m->n_layer);
+}
+
+static int model_present(const model_tensor *want, const void *base) {
+    const char *field = (const char *)base + want->field;
+    return want->out == DIM_NONE ? *(float *const *)(const void *)field != NULL : ((const model_matrix *)(const void *)field)->format != NULL;
+}
+
+static int model_bind_all(model *m, char *err, size_t cap) {
+    m->layer = sys_zalloc((size_t)m->n_layer, sizeof *m->layer);
+    if (!m->layer) return sys_fail(err, cap, "%s: out of memory", m->file->path);
+    for (uint64_t i = 0; i < m->file->n_tensors; i++) {
+        m->weight_bytes += m->file->tensor[i].bytes;
+        if (!model_bind_one(m, &m->file->tensor[i], err, cap)) return 0;
+    }
+    for (int i = 0; i < N_GLOBAL_TENSORS; i++)
+        if (model_global_tensors[i].need == NEED_YES && !model_present(&model_global_tensors[i], m))
+            return sys_fail(err, cap, "%s: tensor %s is missing", m->file->path, model_global_tensors[i].name);
+    for (int l = 0; l < m->n_layer; l++)
+        for (int i = 0; i < N_LAYER_TENSORS; i++) {
+            enum model_need need = model_layer_tensors[i].need;
+            if ((need == NEED_YES || (need == NEED_QK_NORM && m->arch->qk_norm)) && !model_present(&model_layer_tensors[i], &m->layer[l]))
+                return sys_fail(err, cap, "%s: tensor blk.%d.%s is missing", m->file->path, l, model_layer_tensors[i].name);
+        }
+    if (!m->output.format) { /* tied */
+        m->output = m->token_embd;
+        m->token_bytes += quant_row_bytes(m->output.format, m->output.n) * (uint64_t)m->output.rows;
+    }
+    return 1;
+}
+
+/* ---- shapes ---- */
+
+/* "llama.block_count" and the like; refuses values outside 1..most. */
+static int model_shape(const model *m, const char *key, int missing, int most, int *out, char *err, size_t cap) {
+    char full[96];
+    snprintf(full, sizeof full, "%s.%s", m->arch->name, key);
+    uint64_t v = gguf_get_uint(m->file, full, missing > 0 ? (uint64_t)missing : 0);
+    if (!gguf_find(m->file, full) && missing == 0) return sys_fail(err, cap, "%s: key %s is missing", m->file->path, full);
+    if (v < 1 || v > (uint64_t)most) return sys_fail(err, cap, "%s: %s is %llu; 1 to %d is supported", m->file->path, full, (unsigned long long)v, most);
+    *out = (int)v;
+    return 1;
+}
+
+static double model_number(const model *m, const char *key, double missing) {
+    char full[96];
+    snprintf(full, sizeof full, "%s.%s", m->arch->name, key);
+    return gguf_get_float(m->file, full, missing);
+}
+
+static int model_read_rope(model *m, char *err, size_t cap) {
+    char key[96], shown[96];
+    snprintf(key, sizeof key, "%s.rope.scaling.type", m->arch->name);
+    str type = gguf_get_str(m->file, key);
+    m->rope_base = model_number(m, "rope.freq_base", 10000);
+    m->rope_factor = model_number(m, "rope.scaling.factor", model_number(m, "rope.scale_linear", 1));
+    if (type.len && !str_is(type, "none") && !str_is(type, "linear"))
+        return sys_fail(err, cap, "%s: rope scaling '%s' is not supported; supported: none, linear, rope_freqs", m->file->path, gguf_show(type, shown));
+    if (str_is(type, "none")) m->rope_factor = 1;
+    if (!(m->rope_base >= 1 && m->rope_base < 1e12) || !(m->rope_factor > 0 && m->rope_factor < 1e6))
+        return sys_fail(err, cap, "%s: rope base %g or factor %g is out of range", m->file->path, m->rope_base, m->rope_factor);
+    if (m->n_rot % 2 || m->n_rot > m->head_dim) return sys_fail(err, cap, "%s: rope dimension count %d does not fit a head of %d", m->file->path, m->n_rot, m->head_dim);
+    return 1;
+}
+
+static int model_read_shapes(model *m, char *err, size_t cap) {
+    int v_dim = 0;
+    const int limit = 1 << 20;
+    int ok = model_shape(m, "block_count", 0, MAX_LAYERS, &m->n_layer, err, cap) &&
+             model_shape(m, "embedding_length", 0, limit, &m->n_embd, err, cap) &&
+             model_shape(m, "attention.head_count", 0, 65536, &m->n_head, err, cap) &&
+             model_shape(m, "attention.head_count_kv", m->n_head, 65536, &m->n_head_kv, err, cap) &&
+             model_shape(m, "feed_forward_length", 0, limit, &m->n_ff, err, cap) &&
+             model_shape(m, "context_length", 0, MAX_CONTEXT, &m->n_ctx_train, err, cap) &&
+             model_shape(m, "attention.key_length", m->n_embd / m->n_head, MAX_HEAD_DIM, &m->head_dim, err, cap) &&
+             model_shape(m, "attention.value_length", m->head_dim, MAX_HEAD_DIM, &v_dim, err, cap) &&
+             model_shape(m, "rope.dimension_count", m->head_dim, MAX_HEAD_DIM, &m->n_rot, err, cap);
+    if (!ok) return 0;
+    if (m->n_head % m->n_head_kv) return sys_fail(err, cap, "%s: %d heads cannot share %d KV heads evenly", m->file->path, m->n_head, m->n_head_kv);
+    if (v_dim != m->head_dim) return sys_fail(err, cap, "%s: keys of %d and values of %d numbers: different sizes are not supported", m->file->path, m->head_dim, v_dim);
+    m->eps = (float)model_number(m, "attention.layer_norm_rms_epsilon", 1e-5);
+    if (!(m->eps >= 0 && m->eps < 1)) return sys_fail(err, cap, "%s: attention.layer_norm_rms_epsilon is out of range", m->file->path);
+    m->attn_scale = 1.0f / sqrtf((float)m->head_dim);
+    m->n_vocab = m->tok->n;
+    return model_read_rope(m, err, cap);
+}
+
+/* The frequencies of RoPE: base^(-2i/n_rot), divided by the file's factors and by linear scaling. */
+static int model_init_rope(model *m) {
+    m->inv_freq = sys_zalloc((size_t)m->n_rot, sizeof *m->inv_freq);
+    if (!m->inv_freq) return 0;
+    for (int i = 0; i < m->n_rot / 2; i++)
+        m->inv_freq[i] = num_exp(num_log(m->rope_base) * (-2.0 * i / m->n_rot)) / m->rope_factor / (m->rope_freqs ? (double)m->rope_freqs[i] : 1.0);
+    return 1;
+}
+
+static void model_name(model *m) {
+    static const char *const kinds[] = {[0] = "F32", [1] = "F16", [2] = "Q4_0", [3] = "Q4_1", [7] = "Q8_0", [8] = "Q5_0", [9] = "Q5_1", [10] = "Q2_K",
+        [11] = "Q3_K_S", [12] = "Q3_K_M", [13] = "Q3_K_L", [14] = "Q4_K_S", [15] = "Q4_K_M", [16] = "Q5_K_S", [17] = "Q5_K_M", [18] = "Q6_K",
+        [25] = "IQ4_NL", [30] = "IQ4_XS", [32] = "BF16", [38] = "MXFP4"};
+    uint64_t type = gguf_get_uint(m->file, "general.file_type", 999);
+    const char *known = type < sizeof kinds / sizeof *kinds ? kinds[type] : NULL;
+    snprintf(m->quant, sizeof m->quant, "%s", known ? known : m->layer ? m->layer[0].q.format->name : "none");
+    str name = gguf_get_str(m->file, "general.name");
+    if (name.len == 0 || utf8_count(name) < 0) {
+        const char *slash = strrchr(m->file->path, '/');
+        name = str_of(slash ? slash + 1 : m->file->path);
+        if (name.len > 5 && memcmp(name.ptr + name.len - 5, ".gguf", 5) == 0) name.len -= 5;
+    }
+    snprintf(m->name, sizeof m->name, "%.*s", (int)(name.len < 100 ? name.len : 100), name.ptr);
+}
+
+static void model_free(model *m) {
+    if (!m) return;
+    for (int l = 0; m->layer && l < m->n_layer; l++)
+        for (int i = 0; i < N_LAYER_TENSORS; i++)
+            if (model_layer_tensors[i].out == DIM_NONE) free(*(float **)(void *)((char *)&m->layer[l] + model_layer_tensors[i].field));
+    free(m->layer), free(m->output_norm), free(m->rope_freqs), free(m->inv_freq);
+    tok_free(m->tok);
+    gguf_close(m->file);
+    free(m);
+}
+
+static int model_read(model *m, const char *path, const char *pre, char *err, size_t cap) {
+    char shown[96], names[128] = "";
+    if (!(m->file = gguf_open(path, err, cap))) return 0;
+    str arch = gguf_get_str(m->file, "general.architecture");
+    for (size_t i = 0; i < sizeof model_archs / sizeof *model_archs; i++) {
+        if (str_is(arch, model_archs[i].name)) m->arch = &model_archs[i];
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? ", " : "", model_archs[i].name);
+    }
+    if (!m->arch) return sys_fail(err, cap, "%s: architecture '%s' is not supported; supported: %s", path, gguf_show(arch, shown), names);
+    if (m->file->n_tensors == 0) return sys_fail(err, cap, "%s: the file holds a vocabulary only, no tensors", path);
+    if (!(m->tok = tok_load(m->file, pre, err, cap))) return 0;
+    if (!model_read_shapes(m, err, cap) || !model_bind_all(m, err, cap)) return 0;
+    if (!model_init_rope(m)) return sys_fail(err, cap, "%s: out of memory", path);
+    model_name(m);
+    return 1;
+}
+
+/* Maps, checks and binds a model file. NULL with one line in err. */
+static model *model_load(const char *path, const char *pre, char *err, size_t cap) {
+    model *m = sys_zalloc(1, sizeof *m);
+    if (!m) return sys_fail(err, cap, "out of memory"), NULL;
+    if (model_read(m, path, pre, err, cap)) return m;
+    model_free(m);
+    return NULL;
+}
+
+/* ---- the forward pass ---- */
+
+typedef struct { /* tokens to compute; those of one sequence follow each other, positions ascending */
+    int n;
+    const int32_t *id;               /* [n] */
+    const int32_t *pos;              /* [n] */
+    const uint32_t *const *blocks;   /* [n] the KV blocks of each token's sequence */
+    const unsigned char *want;       /* [n] nonzero: compute this token's logits */
+    int (*stop)(void *);             /* asked between layers; nonzero abandons the batch. May be NULL */
+    void *stop_arg;
+} model_batch;
+
+typedef struct {
+    const model *m;
+    const mat_kernels *k;
+    pool *threads;
+    kv_pool *kv;
+    int max_tokens, max_logits; /* of a batch */
+    float *x, *xn;              /* [max_tokens][n_embd] the residual stream; normalised */
+    float *q, *kv_new;          /* [max_tokens][n_head*head_dim]; K then V as [2][max_tokens][n_head_kv*head_dim] */
+    float *att, *gate, *up;     /* [max_tokens][n_head*head_dim]; [max_tokens][n_ff] x2 */
+    float *cos_sin;             /* [max_tokens][n_rot] */
+    float *logits;              /* [max_logits][n_vocab], in the order of the tokens that wanted them */
+    float *scratch;             /* [threads][scratch_floats] */
+    size_t scratch_floats;
+    int32_t *group;             /* [max_tokens + 1] */
+    mat_act act;
+    char *pages;                /* what all of the above lies in */
+    size_t bytes;
+    const model_batch *batch;   /* of the pass that runs */
+    model_layer *layer;
+    char *kv_layer;             /* the layer in KV block 0 */
+    mat_product product[3];
+    int n_products;
+} model_run;
+
+/* Lays out the scratch: with base NULL it only counts. */
+static size_t model_run_layout(model_run *r, char *base) {
+    const model *m = r->m;
+    size_t at = 0, n = (size_t)r->max_tokens, q = (size_t)m->n_head * (size_t)m->head_dim, kv = (size_t)m->n_head_kv * (size_t)m->head_dim;
+    size_t widest = (size_t)(m->n_embd > m->n_ff ? m->n_embd : m->n_ff);
+    widest = q > widest ? q : widest;
+    r->scratch_floats = (mat_attention_scratch(m->n_head, m->n_head_kv, m->head_dim) + 15) / 16 * 16;
+#define TAKE(field, type, count) r->field = (type *)(void *)(base + at), at += ((size_t)(count) * sizeof(type) + 63) / 64 * 64
+    TAKE(x, float, n * (size_t)m->n_embd);
+    TAKE(xn, float, n * (size_t)m->n_embd);
+    TAKE(q, float, n * q);
+    TAKE(kv_new, float, n * kv * 2);
+    TAKE(att, float, n * q);
+    TAKE(gate, float, n * (size_t)m->n_ff);
+    TAKE(up, float, n * (size_t)m->n_ff);
+    TAKE(cos_sin, float, n * (size_t)m->n_rot);
+    TAKE(logits, float, (size_t)r->max_logits * (size_t)m->n_vocab);
+    TAKE(scratch, float, (size_t)r->threads->n_threads * r->scratch_floats);
+    TAKE(group, int32_t, n + 1);
+    TAKE(act.q32, int16_t, n * widest);
+    TAKE(act.d32, float, n * widest / 32 + 1);
+    TAKE(act.q256, int16_t, n * widest);
+    TAKE(act.d256, float, n * widest / 256 + 1);
+    TAKE(act.sum, int16_t, n * widest / 16 + 1);
+#undef TAKE
+    return at;
+}
+
+static size_t model_run_bytes(const model *m, int n_threads, int max_tokens, int max_logits) {
+    pool threads;
+    model_run r;
+    memset(&r, 0, sizeof r);
+    threads.n_threads = n_threads;
+    r.m = m, r.threads = &threads, r.max_tokens = max_tokens, r.max_logits = max_logits;
+    static char origin; /* only differences of addresses count */
+    return model_run_layout(&r, &origin);
+}
+
+static int model_run_open(model_run *r, const model *m, const mat_kernels *k, pool *threads, kv_pool *kv, int max_tokens, int max_logits) {
+    memset(r, 0, sizeof *r);
+    r->m = m, r->k = k, r->threads = threads, r->kv = kv, r->max_tokens = max_tokens, r->max_logits = max_logits;
+    r->bytes = model_run_bytes(m, threads->n_threads, max_tokens, max_logits);
+    r->pages = sys_pages(r->bytes);
+    if (!r->pages) return 0;
+    model_run_layout(r, r->pages);
+    return 1;
+}
+
+static void model_run_close(model_run *r) {
+    sys_pages_free(r->pages, r->bytes);
+    memset(r, 0, sizeof *r);
+}
+
+/* ---- products: up to three matrices that share their input, their row tiles shared out together ---- */
+
+static int64_t model_tiles(const mat_product *p) { return (p->n_rows + ROW_TILE - 1) / ROW_TILE; }
+
+static void model_multiply_item(void *ctx, int64_t item, int thread) {
+    model_run *r = ctx;
+    int i = 0;
+    (void)thread;
+    while (item >= model_tiles(&r->product[i])) item -= model_tiles(&r->product[i++]);
+    r->k->multiply(&r->product[i], item * ROW_TILE);
+}
+
+static void model_product(model_run *r, const model_matrix *w, float *out) {
+    mat_product p = {w->format, w->data, &r->act, out, w->rows};
+    r->product[r->n_products++] = p;
+}
+
+/* Computes the products that model_product has collected. */
+static void model_multiply(model_run *r) {
+    int64_t tiles = 0;
+    for (int i = 0; i < r->n_products; i++) tiles += model_tiles(&r->product[i]);
+    pool_run(r->threads, model_multiply_item, r, tiles);
+    r->n_products = 0;
+}
+
+/* ---- steps of a layer for one token t: each may run on any thread ---- */
+
+static void model_quantise(model_run *r, int64_t t, const model_matrix *a, const model_matrix *b, const model_matrix *c) {
+    unsigned kinds = 1u << a->format->kind | (b ? 1u << b->format->kind : 0) | (c ? 1u << c->format->kind : 0);
+    r->k->quantise(&r->act, kinds, (int)t);
+}
+
+static void model_embed_token(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    const model *m = r->m;
+    (void)thread;
+    quant_dequantise(m->token_embd.format, m->token_embd.data + (size_t)r->batch->id[t] * quant_row_bytes(m->token_embd.format, m->n_embd), r->x + t * m->n_embd, m->n_embd);
+    for (int i = 0; i < m->n_rot / 2; i++) {
+        double s, c;
+        num_sincos(r->batch->pos[t] * m->inv_freq[i], &s, &c);
+        r->cos_sin[t * m->n_rot + 2 * i] = (float)c, r->cos_sin[t * m->n_rot + 2 * i + 1] = (float)s;
+    }
+}
+
+static void model_attn_norm(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    (void)thread;
+    r->k->rms_norm(r->xn + t * r->m->n_embd, r->x + t * r->m->n_embd, r->layer->attn_norm, r->m->n_embd, r->m->eps);
+    model_quantise(r, t, &r->layer->q, &r->layer->k, &r->layer->v);
+}
+
+static void model_rotate_heads(model_run *r, float *x, int heads, const float *norm, const float *bias, const float *cos_sin) {
+    const model *m = r->m;
+    if (bias) r->k->add(x, bias, (int64_t)heads * m->head_dim);
+    for (int h = 0; h < heads; h++, x += m->head_dim) {
+        if (norm) r->k->rms_norm(x, x, norm, m->head_dim, m->eps);
+        r->k->rope(x, cos_sin, m->n_rot, m->arch->pairs_apart);
+    }
+}
+
+/* Biases, QK-norm and RoPE, then the new key and value go into the cache. */
+static void model_store_token(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    const model *m = r->m;
+    const model_layer *l = r->layer;
+    int64_t kv = (int64_t)m->n_head_kv * m->head_dim;
+    float *k = r->kv_new + t * kv, *v = r->kv_new + r->batch->n * kv + t * kv;
+    (void)thread;
+    model_rotate_heads(r, r->q + t * m->n_head * m->head_dim, m->n_head, l->q_norm, l->q_bias, r->cos_sin + t * m->n_rot);
+    model_rotate_heads(r, k, m->n_head_kv, l->k_norm, l->k_bias, r->cos_sin + t * m->n_rot);
+    if (l->v_bias) r->k->add(v, l->v_bias, kv);
+    int pos = r->batch->pos[t];
+    char *block = r->kv_layer + r->batch->blocks[t][pos / KV_BLOCK] * r->kv->layout.block_bytes;
+    for (int h = 0; h < m->n_head_kv; h++)
+        r->k->store(block + (size_t)h * r->kv->layout.head_bytes, k + h * m->head_dim, v + h * m->head_dim, pos % KV_BLOCK, m->head_dim, r->kv->layout.is_f16);
+}
+
+static void model_attend_item(void *ctx, int64_t item, int thread) {
+    const mat_attention *a = ((void **)ctx)[0];
+    const model_run *r = ((void **)ctx)[1];
+    r->k->attend(a, (int)(item / a->n_head_kv), (int)(item % a->n_head_kv), a->scratch + (size_t)thread * a->scratch_floats);
+}
+
+/* Groups neighbours of one sequence by up to ATTN_TOKENS, then runs all groups and KV heads. */
+static void model_attend(model_run *r) {
+    const model *m = r->m;
+    const model_batch *b = r->batch;
+    int groups = 0;
+    for (int t = 0; t < b->n; t++)
+        if (t == 0 || b->blocks[t] != b->blocks[t - 1] || t - r->group[groups - 1] == ATTN_TOKENS) r->group[groups++] = t;
+    r->group[groups] = b->n;
+    mat_attention a = {r->q, r->att, b->pos, b->blocks, r->group, r->kv_layer, r->kv->layout.block_bytes, r->kv->layout.head_bytes,
+                       r->kv->layout.is_f16, m->n_head, m->n_head_kv, m->head_dim, m->attn_scale, r->scratch, r->scratch_floats};
+    void *ctx[2] = {&a, r};
+    pool_run(r->threads, model_attend_item, ctx, (int64_t)groups * m->n_head_kv);
+}
+
+static void model_quantise_att(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    (void)thread;
+    model_quantise(r, t, &r->layer->o, NULL, NULL);
+}
+
+static void model_ffn_norm(void *ctx, int64_t t, int thread) { /* adds the attention's output (in xn) first */
+    model_run *r = ctx;
+    float *x = r->x + t * r->m->n_embd, *xn = r->xn + t * r->m->n_embd;
+    (void)thread;
+    if (r->layer->o_bias) r->k->add(xn, r->layer->o_bias, r->m->n_embd);
+    r->k->add(x, xn, r->m->n_embd);
+    r->k->rms_norm(xn, x, r->layer->ffn_norm, r->m->n_embd, r->m->eps);
+    model_quantise(r, t, &r->layer->gate, &r->layer->up, NULL);
+}
+
+static void model_activate(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    int64_t n = r->m->n_ff;
+    (void)thread;
+    if (r->layer->gate_bias) r->k->add(r->gate + t * n, r->layer->gate_bias, n);
+    if (r->layer->up_bias) r->k->add(r->up + t * n, r->layer->up_bias, n);
+    r->k->swiglu(r->gate + t * n, r->up + t * n, n);
+    model_quantise(r, t, &r->layer->down, NULL, NULL);
+}
+
+static void model_add_ffn(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    float *xn = r->xn + t * r->m->n_embd;
+    (void)thread;
+    if (r->layer->down_bias) r->k->add(xn, r->layer->down_bias, r->m->n_embd);
+    r->k->add(r->x + t * r->m->n_embd, xn, r->m->n_embd);
+}
+
+/* The input of the next products: quantised token by token by the step that follows. */
+static void model_input(model_run *r, const float *x, int64_t n, int n_tok) { r->act.x = x, r->act.n = n, r->act.n_tok = n_tok; }
+
+/* Final norm and output head of the tokens whose logits are wanted. Returns how many they were. */
+static int model_output(model_run *r) {
+    const model *m = r->m;
+    int n = 0;
+    model_input(r, r->xn, m->n_embd, 0);
+    for (int t = 0; t < r->batch->n; t++) {
+        if (!r->batch->want[t]) continue;
+        r->k->rms_norm(r->xn + (int64_t)n * m->n_embd, r->x + (int64_t)t * m->n_embd, m->output_norm, m->n_embd, m->eps);
+        model_quantise(r, n++, &m->output, NULL, NULL);
+    }
+    r->act.n_tok = n;
+    model_product(r, &m->output, r->logits);
+    if (n) model_multiply(r);
+    else r->n_products = 0;
+    return n;
+}
+
+/* Runs the model over a batch: fills in the KV cache at the tokens' positions and leaves the wanted logits
+ * in r->logits. Returns 0 if b->stop abandoned it (its positions must then be computed again). A token's
+ * arithmetic depends on its own sequence alone, never on the rest of the batch. */
+static int model_forward(model_run *r, const model_batch *b) {
+    const model *m = r->m;
+    int n = b->n;
+    r->batch = b;
+    pool_run(r->threads, model_embed_token, r, n);                 /* x [n][n_embd], cos_sin [n][n_rot] */
+    for (int l = 0; l < m->n_layer; l++) {
+        if (b->stop && b->stop(b->stop_arg)) return 0;
+        r->layer = &m->layer[l];
+        r->kv_layer = r->kv->base + (size_t)l * r->kv->layout.layer_bytes;
+        model_input(r, r->xn, m->n_embd, n);
+        pool_run(r->threads, model_attn_norm, r, n);               /* xn [n][n_embd] */
+        model_product(r, &r->layer->q, r->q);                      /* q [n][n_head * head_dim] */
+        model_product(r, &r->layer->k, r->kv_new);                 /* k, v [n][n_head_kv * head_dim] */
+        model_product(r, &r->layer->v, r->kv_new + (size_t)n * (size_t)(m->n_head_kv * m->head_dim));
+        model_multiply(r);
+        pool_run(r->threads, model_store_token, r, n);             /* q and k rotated; k, v in the cache */
+        model_attend(r);                                           /* att [n][n_head * head_dim] */
+        model_input(r, r->att, (int64_t)m->n_head * m->head_dim, n);
+        pool_run(r->threads, model_quantise_att, r, n);
+        model_product(r, &r->layer->o, r->xn);                     /* xn [n][n_embd] */
+        model_multiply(r);
+        model_input(r, r->xn, m->n_embd, n);
+        pool_run(r->threads, model_ffn_norm, r, n);                /* x += xn; xn = norm(x) */
+        model_product(r, &r->layer->gate, r->gate);                /* gate, up [n][n_ff] */
+        model_product(r, &r->layer->up, r->up);
+        model_multiply(r);
+        model_input(r, r->gate, m->n_ff, n);
+        pool_run(r->threads, model_activate, r, n);                /* gate = silu(gate) * up */
+        model_product(r, &r->layer->down, r->xn);                  /* xn [n][n_embd] */
+        model_multiply(r);
+        pool_run(r->threads, model_add_ffn, r, n);                 /* x += xn */
+    }
+    return model_output(r), 1;
+}
+
+/* ==== Sampling =============================================================================
+ * From logits to a token. Order: penalties, temperature, top-k, top-p, min-p, draw. Ties go to the lower
+ * id everywhere. The draw for output index i is a function of (seed, i) alone, so a job that is resumed
+ * elsewhere draws the same. Sums are taken in a fixed order (by id), in double. */
+
+typedef struct {
+    float temperature, top_p, min_p, repetition_penalty;
+    int top_k;
+    uint64_t seed;
+} sample_params;
+
+typedef struct { /* scratch for one vocabulary; the engine has one */
+    int n_vocab;
+    float *weight;      /* [n_vocab] exp(logit - largest) */
+    int32_t *heap;      /* [n_vocab] candidates, the best on top */
+    unsigned char *kept; /* [n_vocab] */
+} sample_work;
+
+static int sample_open(sample_work *s, int n_vocab) {
+    s->n_vocab = n_vocab;
+    s->weight = sys_zalloc((size_t)n_vocab, sizeof *s->weight);
+    s->heap = sys_zalloc((size_t)n_vocab, sizeof *s->heap);
+    s->kept = sys_zalloc((size_t)n_vocab, 1);
+    return s->weight && s->heap && s->kept;
+}
+
+static void sample_close(sample_work *s) { free(s->weight), free(s->heap), free(s->kept); }
+
+/* A uniform number in [0, 1) for (seed, index): SplitMix64's finaliser over both, used as a counter-based
+ * generator (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014). */
+static double sample_uniform(uint64_t seed, uint64_t index) {
+    uint64_t z = seed;
+    for (int round = 0; round < 2; round++) {
+        z += 0x9e3779b97f4a7c15u * (round ? index + 1 : 1);
+        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+        z ^= z >> 31;
+    }
+    return (double)(z >> 11) * 0x1p-53;
+}
+
+static int sample_before(const float *logits, int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; }
+
+static void sample_sift(const float *logits, int32_t *heap, int n, int i) {
+    int32_t x = heap[i];
+    for (int child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && sample_before(logits, heap[child + 1], heap[child])) child++;
+        if (!sample_before(logits, heap[child], x)) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = x;
+}
+
+/* Keeps the most likely tokens: at most top_k of them, and of those the fewest whose probabilities (among
+ * the top_k) reach top_p; then drops what is below min_p of the largest. At least one stays. */
+static void sample_filter(sample_work *s, const float *logits, const sample_params *p) {
+    int n = s->n_vocab, most = p->top_k > 0 && p->top_k < n ? p->top_k : n;
+    double total = 0, sum = 0;
+    memset(s->kept, 0, (size_t)n);
+    for (int i = 0; i < n; i++) s->heap[i] = i;
+    for (int i = n / 2 - 1; i >= 0; i--) sample_sift(logits, s->heap, n, i);
+    if (most < n && p->top_p < 1) { /* the mass of the top_k: taken from a second walk over the same order */
+        for (int left = n, i = 0; i < most; i++) {
+            total += s->weight[s->heap[0]];
+            int32_t top = s->heap[0];
+            s->heap[0] = s->heap[--left], s->heap[left] = top;
+            if (left) sample_sift(logits, s->heap, left, 0);
+        }
+        for (int i = n / 2 - 1; i >= 0; i--) sample_sift(logits, s->heap, n, i);
+    } else
+        for (int i = 0; i < n; i++) total += s->weight[i];
+    for (int left = n, i = 0; i < most; i++) {
+        int32_t top = s->heap[0];
+        if (i && s->weight[top] < p->min_p) break; /* the largest weight is 1 */
+        s->kept[top] = 1;
+        sum += s->weight[top];
+        if (p->top_p < 1 && sum >= (double)p->top_p * total) break;
+        s->heap[0] = s->heap[--left];
+        if (left) sample_sift(logits, s->heap, left, 0);
+    }
+}
+
+static int32_t sample_argmax(const float *logits, int n) {
+    int32_t best = 0;
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
+}
+
+/* Draws one of the kept tokens, walking in the order of their ids. */
+static int32_t sample_draw(const sample_work *s, double u) {
+    double total = 0, sum = 0;
+    int32_t last = 0;
+    for (int i = 0; i < s->n_vocab; i++)
+        if (s->kept[i]) total += s->weight[i];
+    for (int i = 0; i < s->n_vocab; i++) {
+        if (!s->kept[i]) continue;
+        last = i;
+        if ((sum += s->weight[i]) > u * total) return i;
+    }
+    return last; /* rounding left a sliver at the end */
+}
+
+/* Penalises each distinct token of `seen` once. */
+static void sample_penalise(float *logits, const int32_t *seen, int n_seen, float penalty) {
+    if (penalty == 1) return;
+    for (int i = 0; i < n_seen; i++) logits[seen[i]] = logits[seen[i]] > 0 ? logits[seen[i]] / penalty : logits[seen[i]] * penalty;
+}
+
+/* Chooses output token `index` from logits, which it changes. Tokens whose logit is -infinity (banned by
+ * the caller) are never chosen. The logits must otherwise be finite. */
+static int32_t sample_token(sample_work *s, const mat_kernels *k, float *logits, const sample_params *p, uint64_t index) {
+    int32_t best = sample_argmax(logits, s->n_vocab);
+    if (p->temperature <= 0 || p->top_k == 1) return best;
+    for (int i = 0; i < s->n_vocab; i++) logits[i] /= p->temperature;
+    k->exp_shifted(s->weight, logits, s->n_vocab, logits[best]);
+    for (int i = 0; i < s->n_vocab; i++)
+        if (logits[i] == -INFINITY) s->weight[i] = 0;
+    if (p->top_p < 1 || p->min_p > 0 || (p->top_k > 0 && p->top_k < s->n_vocab)) sample_filter(s, logits, p);
+    else memset(s->kept, 1, (size_t)s->n_vocab);
+    return sample_draw(s, sample_uniform(p->seed, index));
+}
+
+static int sample_finite(const float *logits, int n) { /* branch-free, so that it costs nothing */
+    uint32_t bad = 0;
+    for (int i = 0; i < n; i++) bad |= (num_bits(logits[i]) & 0x7f800000u) == 0x7f800000u;
+    return !bad;
+}
+
+/* ==== Engine ===============================================================================
+ * Jobs, from acceptance to their one terminal event. Three threads meet here under one lock: whoever
+ * submits and cancels (the I/O thread, or an embedder's), the intake thread, which tokenizes, accepts or
+ * refuses, and watches the queue, and the engine thread, which alone runs the model and touches the KV
+ * pool. A job's life: INTAKE -> QUEUED -> PREFILL -> DECODE -> DONE, or from any of the first four straight
+ * to DONE. All that a running job needs is allocated by intake and reserved on entering a slot, so nothing
+ * can fail it for memory later. Events go to the job's sink, on the thread that makes them, in order. */
+
+enum engine_state { JOB_INTAKE, JOB_QUEUED, JOB_PREFILL, JOB_DECODE, JOB_DONE };
+enum engine_event_type { EVENT_REFUSED, EVENT_STARTED, EVENT_PREFILL, EVENT_TOKEN, EVENT_METRICS, EVENT_END, EVENT_ERROR };
+enum engine_outcome { OUTCOME_SUCCESS, OUTCOME_ERROR, OUTCOME_CANCELLED, OUTCOME_TIMEOUT, OUTCOME_REJECTED, OUTCOMES };
+
+/* Codes of the contract with their HTTP status. */
+typedef struct {
+    const char *code;
+    int status;
+} engine_error;
+static const engine_error ERR_INVALID = {"INVALID_REQUEST", 400}, ERR_CONTEXT = {"CONTEXT_LENGTH_EXCEEDED", 400},
+    ERR_UNAUTHORIZED = {"UNAUTHORIZED", 401}, ERR_NOT_FOUND = {"NOT_FOUND", 404}, ERR_METHOD = {"METHOD_NOT_ALLOWED", 405},
+    ERR_REQUEST_TIMEOUT = {"REQUEST_TIMEOUT", 408}, ERR_JOB_EXISTS = {"JOB_EXISTS", 409}, ERR_TOO_LARGE = {"PAYLOAD_TOO_LARGE", 413},
+    ERR_MEDIA_TYPE = {"UNSUPPORTED_MEDIA_TYPE", 415}, ERR_HEADERS = {"HEADERS_TOO_LARGE", 431}, ERR_INTERNAL = {"INTERNAL", 500},
+    ERR_NOT_IMPLEMENTED = {"NOT_IMPLEMENTED", 501}, ERR_HTTP_VERSION = {"HTTP_VERSION", 505}, ERR_BUSY = {"ALL_SLOTS_BUSY", 503},
+    ERR_NOT_READY = {"NOT_READY", 503}, ERR_TIMEOUT = {"INFERENCE_TIMEOUT", 504}, ERR_DEADLINE = {"DEADLINE_UNATTAINABLE", 504},
+    ERR_CANCELLED = {"CANCELLED", 499};
+
+typedef struct {
+    enum engine_event_type type;
+    int index;                 /* TOKEN: from 0. PREFILL: prompt tokens done */
+    int32_t id;
+    str text;                  /* TOKEN: valid during the call */
+    lorch_reason reason;       /* END */
+    const engine_error *error; /* REFUSED, ERROR */
+    const char *message;
+    const char *details;       /* REFUSED: JSON members, or "" */
+} engine_event;
+
+typedef struct { /* a token whose event waits until its text is decided */
+    int index;
+    int32_t id;
+    size_t end; /* of its text in the window */
+} engine_pending;
+
+typedef struct engine_job engine_job;
+typedef void (*engine_sink)(engine_job *job, const engine_event *ev);
+
+struct engine_job {
+    /* set before engine_submit */
+    buf id, prompt, stop[MAX_STOPS];
+    char correlation[65];
+    sample_params sample;
+    int max_tokens, n_stop, ignore_eos, special, resume_from;
+    int64_t deadline_unix_ms;  /* 0: none */
+    buf field_errors;          /* JSON objects, separated by commas: intake refuses the job with them */
+    engine_sink sink;
+    void *user;                /* the sink's */
+    /* under the engine's lock */
+    enum engine_state state;
+    engine_job *next_live, *next_queued;
+    int refs;                  /* the engine's and the submitter's */
+    /* atomic */
+    int cancel;
+    /* the engine's */
+    int32_t *token;            /* [n_prompt + max_tokens] */
+    int n_prompt, n_out, n_computed; /* n_computed: positions whose keys and values are in the cache */
+    kv_seq kv;
+    int32_t *seen;             /* distinct tokens of prompt and output, for penalties */
+    int n_seen;
+    unsigned char *seen_bit;   /* [n_vocab / 8 + 1] */
+    buf window;                /* decoded text that is not given out yet, in reserved room */
+    char tail[4];              /* bytes of an unfinished code point */
+    int n_tail;
+    engine_pending *pending;   /* [max_tokens] */
+    int n_pending, stop_matched;
+    double t_submit, t_run, t_decode, t_last_token, t_metrics, t_cancel, t_done;
+};
+
+enum { HIST_BUCKETS = 12 };
+typedef struct {
+    uint64_t count[HIST_BUCKETS + 1]; /* the last: beyond all bounds */
+    double sum;
+} engine_hist;
+static const double engine_hist_bounds[HIST_BUCKETS] = {0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30, 120};
+
+typedef struct { /* what is remembered of ids that are not live */
+    char id[MAX_JOB_ID_BYTES];
+    size_t len;
+    double when;
+    int ended;      /* 1: that job has ended; 0: cancelled before it came */
+} engine_memory;
+enum { ENGINE_MEMORIES = 1024, ENGINE_MEMORY_SECONDS = 60 };
+
+typedef struct { /* a copy of what /health and /metrics show */
+    int running, queued, live;
+    uint64_t outcome[OUTCOMES], tokens_in, tokens_out, deadline_refused, cached_tokens;
+    engine_hist duration, first_token, token, cancel, queue_wait; /* seconds; duration's bounds are in ms / 10 */
+    double prefill_rate, decode_rate; /* tokens per second; 0: not measured yet */
+    double kv_used;
+} engine_stats;
+
+typedef struct {
+    lorch_options options;    /* as they came out: nothing is 0 any more */
+    int inference_timeout_s, max_tokens_in; /* 0: no limit of its own */
+    model *m;
+    const mat_kernels *k;
+    pool threads;
+    kv_pool kv;
+    model_run run;
+    sample_work sampler;
+    int n_ctx;
+    size_t max_piece;         /* bytes of the longest token */
+    pthread_mutex_t lock;
+    pthread_cond_t work, intake, idle;
+    engine_job *live, *intake_first, *intake_last, *queue_first, *queue_last; /* under lock, as all below */
+    engine_job *running[MAX_PARALLEL]; /* slots; the engine thread writes them under lock */
+    int turn;                 /* the slot whose prompt goes next */
+    int stop, draining;
+    engine_stats stats;
+    engine_memory *memory;    /* [ENGINE_MEMORIES], a ring */
+    int memory_next;
+    pthread_t engine_thread, intake_thread;
+    int n_started;            /* threads to join */
+    buf piece;                /* the engine thread's: bytes of one token */
+    engine_job *batch_job[MAX_PARALLEL]; /* of the batch that runs */
+    int n_batch;
+    int calibrating;
+    int64_t progress_ms;      /* atomic: when the engine last made progress, on the monotonic clock */
+} engine;
+
+/* ---- jobs ---- */
+
+static engine_job *engine_job_new(void) {
+    engine_job *j = sys_zalloc(1, sizeof *j);
+    if (!j) return NULL;
+    j->refs = 1;
+    j->stop_matched = -1;
+    return j;
+}
+
+static void engine_job_free(engine_job *j) {
+    buf_free(&j->id), buf_free(&j->prompt), buf_free(&j->field_errors), buf_free(&j->window);
+    for (int i = 0; i < MAX_STOPS; i++) buf_free(&j->stop[i]);
+    free(j->token), free(j->kv.block), free(j->seen), free(j->seen_bit), free(j->pending);
+    free(j);
+}
+
+/* Gives back one of the two references; the last frees the job. */
+static void engine_job_drop(engine *e, engine_job *j) {
+    pthread_mutex_lock(&e->lock);
+    int left = --j->refs;
+    pthread_mutex_unlock(&e->lock);
+    if (left == 0) engine_job_free(j);
+}
+
+static void engine_hist_add(engine_hist *h, double seconds) {
+    int i = 0;
+    while (i < HIST_BUCKETS && seconds > engine_hist_bounds[i]) i++;
+    h->count[i]++;
+    h->sum += seconds;
+}
+
+static engine_memory *engine_remembered(engine *e, str id, double now) { /* under lock; NULL: not known */
+    for (int i = 0; i < ENGINE_MEMORIES; i++) {
+        engine_memory *r = &e->memory[i];
+        if (r->len == id.len && r->when > now - ENGINE_MEMORY_SECONDS && memcmp(r->id, id.ptr, id.len) == 0) return r;
+    }
+    return NULL;
+}
+
+static void engine_remember(engine *e, str id, int ended) { /* under lock */
+    double now = sys_now();
+    engine_memory *r = engine_remembered(e, id, now);
+    if (id.len == 0 || id.len > MAX_JOB_ID_BYTES) return;
+    if (!r) r = &e->memory[e->memory_next++ % ENGINE_MEMORIES];
+    memcpy(r->id, id.ptr, id.len);
+    r->len = id.len, r->when = now, r->ended = ended;
+}
+
+static void engine_emit(engine_job *j, const engine_event *ev) { j->sink(j, ev); }
+
+/* Takes the job out of the live list and counts it; the caller then emits the event and drops the
+ * engine's reference. `refused`: it was never accepted. */
+static void engine_retire(engine *e, engine_job *j, enum engine_outcome outcome) {
+    double now = sys_now();
+    pthread_mutex_lock(&e->lock);
+    for (engine_job **p = &e->live; *p; p = &(*p)->next_live)
+        if (*p == j) {
+            *p = j->next_live;
+            break;
+        }
+    j->state = JOB_DONE, j->t_done = now;
+    e->stats.live--;
+    e->stats.outcome[outcome]++;
+    if (outcome != OUTCOME_REJECTED) {
+        e->stats.tokens_out += (uint64_t)j->n_out;
+        engine_hist_add(&e->stats.duration, (now - j->t_submit) / 10);
+        engine_remember(e, buf_str(&j->id), 1);
+    }
+    if (j->t_cancel > 0) engine_hist_add(&e->stats.cancel, now - j->t_cancel);
+    pthread_mutex_unlock(&e->lock);
+}
+
+static void engine_end_error(engine *e, engine_job *j, const engine_error *error, const char *message) {
+    engine_event ev = {EVENT_ERROR, 0, 0, {"", 0}, LORCH_FAILED, error, message, ""};
+    engine_retire(e, j, error == &ERR_CANCELLED ? OUTCOME_CANCELLED : error == &ERR_TIMEOUT ? OUTCOME_TIMEOUT : OUTCOME_ERROR);
+    engine_emit(j, &ev);
+    engine_job_drop(e, j);
+}
+
+static void engine_refuse(engine *e, engine_job *j, const engine_error *error, const char *message, const char *details) {
+    engine_event ev = {EVENT_REFUSED, 0, 0, {"", 0}, LORCH_FAILED, error, message, details};
+    engine_retire(e, j, OUTCOME_REJECTED);
+    engine_emit(j, &ev);
+    engine_job_drop(e, j);
+}
+
+/* Why a job must end now, or NULL. t_cancel is written once, by the canceller, before `cancel`. */
+static const engine_error *engine_must_end(const engine *e, engine_job *j, const char **message) {
+    if (__atomic_load_n(&j->cancel, __ATOMIC_ACQUIRE)) return *message = "the job was cancelled", &ERR_CANCELLED;
+    if (j->deadline_unix_ms && sys_unix_ms() > j->deadline_unix_ms) return *message = "the job's deadline has passed", &ERR_TIMEOUT;
+    if (e->inference_timeout_s && j->t_run > 0 && sys_now() - j->t_run > e->inference_timeout_s)
+        return *message = "the job ran longer than --inference-timeout-sec allows", &ERR_TIMEOUT;
+    return NULL;
+}
+
+/* ---- intake: what happens before the engine sees a job (intake thread) ---- */
+
+/* Seconds until a new job may run, and its own time, from the measured rates; -1 while there are none. */
+static double engine_estimate(const engine *e, int n_prompt, int max_tokens) { /* under lock */
+    const engine_stats *s = &e->stats;
+    if (s->prefill_rate <= 0 || s->decode_rate <= 0) return -1;
+    double own = n_prompt / s->prefill_rate + max_tokens / s->decode_rate, ahead = 0, soonest = 1e18;
+    for (int i = 0; i < e->options.n_parallel; i++) {
+        const engine_job *j = e->running[i];
+        double left = !j ? 0 : (j->n_prompt + j->n_out - j->n_computed) / s->prefill_rate + (j->max_tokens - j->n_out) / s->decode_rate;
+        if (left < soonest) soonest = left;
+    }
+    for (const engine_job *j = e->queue_first; j; j = j->next_queued) ahead += j->n_prompt / s->prefill_rate + j->max_tokens / s->decode_rate;
+    return soonest + ahead / e->options.n_parallel + own;
+}
+
+static void engine_field_error(engine_job *j, const char *field, const char *constraint, const char *message, str value) {
+    buf *b = &j->field_errors;
+    if (b->len) buf_putc(b, ',');
+    buf_putc(b, '{');
+    json_kv_cstr(b, "field", field), json_kv_cstr(b, "constraint", constraint), json_kv_cstr(b, "message", message), json_kv_str(b, "value", value);
+    buf_putc(b, '}');
+}
+
+/* Tokenizes prompt and stop strings and allocates what the job will need. 0: out of memory. */
+static int engine_prepare(engine *e, engine_job *j) {
+    tok_ids ids = {0};
+    size_t longest = 0;
+    for (int i = 0; i < j->n_stop; i++) {
+        char field[16];
+        ids.n = 0;
+        snprintf(field, sizeof field, "stop[%d]", i);
+        if (!tok_encode(e->m->tok, buf_str(&j->stop[i]), 0, &ids)) return free(ids.id), 0;
+        if (ids.n > MAX_STOP_TOKENS) engine_field_error(j, field, "tokens(1..=32)", "a stop string must be at most 32 tokens long", str_of(""));
+        if (j->stop[i].len > longest) longest = j->stop[i].len;
+    }
+    ids.n = 0;
+    if (!tok_encode(e->m->tok, buf_str(&j->prompt), TOK_BOS | (j->special ? TOK_SPECIAL : 0), &ids)) return free(ids.id), 0;
+    j->n_prompt = ids.n;
+    if (j->max_tokens > e->n_ctx - ids.n) j->max_tokens = e->n_ctx - ids.n;
+    size_t most = (size_t)ids.n + (size_t)(j->max_tokens > 0 ? j->max_tokens : 0);
+    j->token = realloc(ids.id, (most + 1) * sizeof *j->token);
+    if (!j->token) return free(ids.id), 0;
+    j->seen = sys_zalloc(most, sizeof *j->seen);
+    j->seen_bit = sys_zalloc((size_t)e->m->n_vocab / 8 + 1, 1);
+    j->pending = sys_zalloc(most, sizeof *j->pending);
+    j->kv.block = sys_zalloc((size_t)kv_blocks_for((int64_t)most), sizeof *j->kv.block);
+    buf_reserve(&j->window, longest + e->max_piece * 3 + 64); /* each byte can become a U+FFFD of three */
+    return j->seen && j->seen_bit && j->pending && j->kv.block && !j->window.failed;
+}
+
+static void engine_mark_seen(engine_job *j, int32_t id) {
+    if (j->seen_bit[id / 8] >> (id % 8) & 1) return;
+    j->seen_bit[id / 8] |= (unsigned char)(1 << id % 8);
+    j->seen[j->n_seen++] = id;
+}
+
+static int engine_check(engine *e, engine_job *j) { /* refuses what cannot be run; 1: go on */
+    char details[160], message[200];
+    if (!engine_prepare(e, j)) return engine_refuse(e, j, &ERR_BUSY, "not enough memory for this job", ""), 0;
+    if (j->field_errors.len) return engine_refuse(e, j, &ERR_INVALID, "the request has invalid fields", ""), 0;
+    int limit = e->max_tokens_in && e->max_tokens_in < e->n_ctx ? e->max_tokens_in : e->n_ctx - 1;
+    if (j->n_prompt > limit) {
+        snprintf(details, sizeof details, "\"prompt_tokens\":%d,\"context_length\":%d,\"max_tokens_in\":%d", j->n_prompt, e->n_ctx, limit);
+        snprintf(message, sizeof message, "the prompt of %d tokens exceeds the available context size of %d tokens", j->n_prompt, e->n_ctx);
+        if (limit < e->n_ctx - 1) snprintf(message, sizeof message, "the prompt of %d tokens exceeds --max-tokens-in %d", j->n_prompt, limit);
+        return engine_refuse(e, j, &ERR_CONTEXT, message, details), 0;
+    }
+    if (j->n_prompt == 0) { /* a vocabulary without BOS and a prompt that no token covers */
+        engine_field_error(j, "prompt", "tokens(1..)", "the prompt has no tokens", str_of(""));
+        return engine_refuse(e, j, &ERR_INVALID, "the request has invalid fields", ""), 0;
+    }
+    for (int i = 0; i < j->n_prompt; i++) engine_mark_seen(j, j->token[i]);
+    if (!j->deadline_unix_ms) return 1;
+    pthread_mutex_lock(&e->lock);
+    double estimate = engine_estimate(e, j->n_prompt, j->max_tokens);
+    int64_t left = j->deadline_unix_ms - sys_unix_ms();
+    int refuse = left <= 0 || (estimate >= 0 && estimate * 1000 > (double)left);
+    e->stats.deadline_refused += (uint64_t)refuse;
+    pthread_mutex_unlock(&e->lock);
+    if (!refuse) return 1;
+    details[0] = 0;
+    if (estimate >= 0) snprintf(details, sizeof details, "\"estimated_ms\":%.0f", estimate * 1000);
+    else snprintf(details, sizeof details, "\"estimated_ms\":null");
+    return engine_refuse(e, j, &ERR_DEADLINE, "the job cannot finish before its deadline", details), 0;
+}
+
+/* Removes from the queue what was cancelled or is past its deadline. Under lock on entry and exit; lets go
+ * of it while an event is given out. Returns whether any queued job has a deadline to watch. */
+static int engine_sweep_queue(engine *e) {
+    int deadlines = 0;
+    for (engine_job **p = &e->queue_first, *j, *last = NULL; (j = *p) != NULL;) {
+        const char *message;
+        const engine_error *error = engine_must_end(e, j, &message);
+        if (!error) {
+            deadlines |= j->deadline_unix_ms != 0;
+            last = j, p = &j->next_queued;
+            continue;
+        }
+        *p = j->next_queued;
+        if (e->queue_last == j) e->queue_last = last;
+        e->stats.queued--;
+        pthread_mutex_unlock(&e->lock);
+        engine_end_error(e, j, error, message);
+        pthread_mutex_lock(&e->lock);
+        p = &e->queue_first, last = NULL, deadlines = 0; /* the queue may have changed meanwhile */
+    }
+    return deadlines;
+}
+
+static void engine_accept(engine *e, engine_job *j) {
+    engine_event started = {EVENT_STARTED, 0, 0, {"", 0}, LORCH_FAILED, NULL, NULL, ""};
+    if (!engine_check(e, j)) return;
+    engine_emit(j, &started);
+    pthread_mutex_lock(&e->lock);
+    e->stats.tokens_in += (uint64_t)j->n_prompt;
+    j->state = JOB_QUEUED;
+    j->next_queued = NULL;
+    if (e->queue_last && e->queue_first) e->queue_last->next_queued = j;
+    else e->queue_first = j;
+    e->queue_last = j;
+    e->stats.queued++;
+    engine_sweep_queue(e); /* it may have been cancelled before it came */
+    pthread_cond_signal(&e->work);
+    pthread_mutex_unlock(&e->lock);
+}
+
+static void *engine_intake_main(void *arg) {
+    engine *e = arg;
+    pthread_mutex_lock(&e->lock);
+    while (!e->stop || e->intake_first || e->queue_first) {
+        int watch = engine_sweep_queue(e);
+        engine_job *j = e->intake_first;
+        if (!j) {
+            if (e->stop) break;
+            sys_cond_wait(&e->intake, &e->lock, watch ? 0.01 : 60);
+            continue;
+        }
+        e->intake_first = j->next_queued;
+        if (!e->intake_first) e->intake_last = NULL;
+        pthread_mutex_unlock(&e->lock);
+        engine_accept(e, j);
+        pthread_mutex_lock(&e->lock);
+    }
+    pthread_mutex_unlock(&e->lock);
+    return NULL;
+}
+
+/* Hands a job over: afterwards its sink gets REFUSED, or STARTED and in the end END or ERROR. If it is
+ * not taken at all, returns why, and no event comes. The caller keeps its reference. Any thread. */
+static const engine_error *engine_submit(engine *e, engine_job *j) {
+    const engine_error *why = NULL;
+    j->t_submit = sys_now();
+    pthread_mutex_lock(&e->lock);
+    str id = buf_str(&j->id);
+    for (const engine_job *o = e->live; o && id.len; o = o->next_live)
+        if (str_eq(buf_str(&o->id), id)) why = &ERR_JOB_EXISTS;
+    if (e->draining || e->stop) why = &ERR_NOT_READY;
+    else if (!why && e->stats.live >= e->options.n_parallel + e->options.n_queue) why = &ERR_BUSY;
+    if (why) e->stats.outcome[OUTCOME_REJECTED]++;
+    else {
+        const engine_memory *r = id.len ? engine_remembered(e, id, j->t_submit) : NULL;
+        if (r && !r->ended) j->cancel = 1, j->t_cancel = j->t_submit;
+        j->refs++, j->state = JOB_INTAKE;
+        j->next_live = e->live, e->live = j;
+        j->next_queued = NULL;
+        if (e->intake_last) e->intake_last->next_queued = j;
+        else e->intake_first = j;
+        e->intake_last = j;
+        e->stats.live++;
+        pthread_cond_signal(&e->intake);
+    }
+    pthread_mutex_unlock(&e->lock);
+    return why;
+}
+
+static void engine_cancel_job(engine *e, engine_job *j) { /* under lock */
+    if (!j->cancel) {
+        j->t_cancel = sys_now();
+        __atomic_store_n(&j->cancel, 1, __ATOMIC_RELEASE);
+    }
+    pthread_cond_signal(&e->work);
+    pthread_cond_signal(&e->intake);
+}
+
+/* Cancels by id: 1 if the job was live, 2 if it has ended, 0 if it is not known (then it is remembered). */
+static int engine_cancel(engine *e, str id) {
+    int found = 0;
+    pthread_mutex_lock(&e->lock);
+    for (engine_job *j = e->live; j; j = j->next_live)
+        if (str_eq(buf_str(&j->id), id)) engine_cancel_job(e, j), found = 1;
+    if (!found) {
+        const engine_memory *r = engine_remembered(e, id, sys_now());
+        if (r && r->ended) found = 2;
+        else engine_remember(e, id, 0);
+    }
+    pthread_mutex_unlock(&e->lock);
+    return found;
+}
+
+/* ---- text: from tokens to events ---- */
+
+/* Gives out the pending tokens whose text ends at or before `safe`, all but the last `keep` of them. */
+static void engine_flush(engine_job *j, size_t safe, int keep) {
+    size_t from = 0;
+    int n = 0;
+    for (; n < j->n_pending - keep && j->pending[n].end <= safe; n++) {
+        engine_pending *p = &j->pending[n];
+        engine_event ev = {EVENT_TOKEN, p->index, p->id, {j->window.ptr + from, p->end - from}, LORCH_FAILED, NULL, NULL, ""};
+        from = p->end;
+        if (p->index >= j->resume_from) engine_emit(j, &ev);
+    }
+    buf_drop(&j->window, from);
+    j->n_pending -= n;
+    memmove(j->pending, j->pending + n, (size_t)j->n_pending * sizeof *j->pending);
+    for (int i = 0; i < j->n_pending; i++) j->pending[i].end -= from;
+}
+
+/* The length of the longest end of the window that a stop string begins with. */
+static size_t engine_held(const engine_job *j) {
+    size_t held = 0;
+    for (int i = 0; i < j->n_stop; i++)
+        for (size_t n = j->stop[i].len - 1; n > held; n--)
+            if (n <= j->window.len && memcmp(j->window.ptr + j->window.len - n, j->stop[i].ptr, n) == 0) held = n;
+    return held;
+}
+
+/* Where the first stop string begins in the window (of two at one place, the first in the list), or -1. */
+static int64_t engine_find_stop(engine_job *j) {
+    int64_t first = -1;
+    for (int i = 0; i < j->n_stop; i++) {
+        const char *at = memmem(j->window.ptr, j->window.len, j->stop[i].ptr, j->stop[i].len);
+        if (at && (first < 0 || at - j->window.ptr < first)) first = at - j->window.ptr, j->stop_matched = i;
+    }
+    return first;
+}
+
+static void engine_decode_bytes(engine_job *j, const char *p, size_t n) { /* bytes to whole code points */
+    for (size_t i = 0; i < n; i++) {
+        j->tail[j->n_tail++] = p[i];
+        for (int k = 1; j->n_tail && k != 0;) {
+            uint32_t cp;
+            k = utf8_decode(j->tail, (size_t)j->n_tail, &cp);
+            if (k > 0) buf_add(&j->window, j->tail, (size_t)k);
+            if (k < 0) buf_puts(&j->window, "\xef\xbf\xbd"), k = -k;
+            memmove(j->tail, j->tail + k, (size_t)(j->n_tail - k));
+            j->n_tail -= k;
+        }
+    }
+}
+
+/* Takes in an output token: 1 if its text completes a stop string, which ends the job. */
+static int engine_add_text(engine *e, engine_job *j, int32_t id) {
+    engine_pending p = {j->n_out - 1, id, 0};
+    e->piece.len = 0;
+    tok_piece(e->m->tok, id, 0, &e->piece);
+    engine_decode_bytes(j, e->piece.ptr, e->piece.len);
+    p.end = j->window.len;
+    j->pending[j->n_pending++] = p;
+    int64_t stop = engine_find_stop(j);
+    if (stop >= 0) {
+        for (int i = 0; i < j->n_pending; i++)
+            if (j->pending[i].end > (size_t)stop) j->pending[i].end = (size_t)stop;
+        engine_flush(j, (size_t)stop, 0);
+        return 1;
+    }
+    engine_flush(j, j->window.len - engine_held(j), j->n_tail > 0);
+    return 0;
+}
+
+static void engine_flush_all(engine_job *j) { /* the end: what is held goes out, an unfinished code point as U+FFFD */
+    if (j->n_tail && j->n_pending) {
+        buf_puts(&j->window, "\xef\xbf\xbd");
+        j->pending[j->n_pending - 1].end = j->window.len;
+    }
+    engine_flush(j, j->window.len, 0);
+}
+
+/* ---- the engine thread ---- */
+
+static void engine_progress(engine *e) { __atomic_store_n(&e->progress_ms, (int64_t)(sys_now() * 1000), __ATOMIC_RELAXED); }
+
+static void engine_leave_slot(engine *e, engine_job *j) {
+    pthread_mutex_lock(&e->lock);
+    kv_release(&e->kv, &j->kv);
+    for (int i = 0; i < e->options.n_parallel; i++)
+        if (e->running[i] == j) e->running[i] = NULL;
+    e->stats.running--;
+    e->stats.kv_used = 1 - (double)e->kv.n_free / e->kv.n_blocks;
+    pthread_mutex_unlock(&e->lock);
+}
+
+static void engine_fail(engine *e, engine_job *j, const engine_error *error, const char *message) {
+    engine_leave_slot(e, j);
+    engine_end_error(e, j, error, message);
+}
+
+static void engine_complete(engine *e, engine_job *j, lorch_reason reason) {
+    engine_event ev = {EVENT_END, 0, 0, {"", 0}, reason, NULL, NULL, ""};
+    if (reason != LORCH_STOP_SEQUENCE) engine_flush_all(j);
+    engine_leave_slot(e, j);
+    engine_retire(e, j, OUTCOME_SUCCESS);
+    engine_emit(j, &ev);
+    engine_job_drop(e, j);
+}
+
+/* Chooses and takes in the next token of a job from its logits. */
+static void engine_next_token(engine *e, engine_job *j, float *logits) {
+    const tok *t = e->m->tok;
+    double now = sys_now();
+    if (!sample_finite(logits, e->m->n_vocab)) {
+        engine_fail(e, j, &ERR_INTERNAL, "the model's output is not finite: is the file damaged?");
+        return;
+    }
+    sample_penalise(logits, j->seen, j->n_seen, j->sample.repetition_penalty);
+    for (int i = 0; j->ignore_eos && i < t->n_special; i++)
+        if (t->entry[t->special[i]].ends) logits[t->special[i]] = -INFINITY;
+    int32_t id = sample_token(&e->sampler, e->k, logits, &j->sample, (uint64_t)j->n_out);
+    pthread_mutex_lock(&e->lock);
+    if (j->n_out == 0) engine_hist_add(&e->stats.first_token, now - j->t_submit);
+    else engine_hist_add(&e->stats.token, now - j->t_last_token);
+    pthread_mutex_unlock(&e->lock);
+    if (j->n_out == 0) j->t_decode = now, j->t_metrics = now;
+    j->t_last_token = now;
+    if (t->entry[id].ends && !j->ignore_eos) {
+        engine_complete(e, j, LORCH_EOS);
+        return;
+    }
+    pthread_mutex_lock(&e->lock);
+    j->token[j->n_prompt + j->n_out++] = id;
+    pthread_mutex_unlock(&e->lock);
+    engine_mark_seen(j, id);
+    if (engine_add_text(e, j, id)) engine_complete(e, j, LORCH_STOP_SEQUENCE);
+    else if (j->n_out >= j->max_tokens) engine_complete(e, j, LORCH_MAX_TOKENS);
+    else if (now - j->t_metrics >= 0.5) {
+        engine_event ev = {EVENT_METRICS, 0, 0, {"", 0}, LORCH_FAILED, NULL, NULL, ""};
+        j->t_metrics = now;
+        engine_emit(j, &ev);
+    }
+}
+
+static int engine_in_batch(const engine *e, const engine_job *j) {
+    for (int i = 0; i < e->n_batch; i++)
+        if (e->batch_job[i] == j) return 1;
+    return 0;
+}
+
+/* Between layers: ends running jobs that must end. Those outside the batch end here and now; one inside
+ * makes the batch be given up, to be computed again without it. */
+static int engine_between_layers(void *arg) {
+    engine *e = arg;
+    int give_up = 0;
+    engine_progress(e);
+    if (e->calibrating) {
+        pthread_mutex_lock(&e->lock);
+        give_up = e->queue_first != NULL || e->stop;
+        pthread_mutex_unlock(&e->lock);
+    }
+    for (int i = 0; i < e->options.n_parallel; i++) {
+        engine_job *j = e->running[i];
+        const char *message;
+        const engine_error *error = j ? engine_must_end(e, j, &message) : NULL;
+        if (error && engine_in_batch(e, j)) give_up = 1;
+        else if (error) engine_fail(e, j, error, message);
+    }
+    return give_up;
+}
+
+static void engine_sweep_running(engine *e) {
+    e->n_batch = 0;
+    engine_between_layers(e);
+}
+
+/* How many prompt tokens to compute at once: so that a layer takes at most 20 ms (then a cancel is seen in
+ * time), and the whole chunk at most 100 ms while other jobs wait for their next token. */
+static int engine_chunk(const engine *e, int others) {
+    int n = e->options.chunk, guess = 32;
+    if (e->stats.prefill_rate > 0) {
+        double per_layer = e->stats.prefill_rate * 0.020 * e->m->n_layer, whole = e->stats.prefill_rate * 0.100;
+        guess = (int)(others && whole < per_layer ? whole : per_layer < 1e6 ? per_layer : 1e6);
+    }
+    if (guess < n) n = guess;
+    return n > 8 ? n : 8 < e->options.chunk ? 8 : e->options.chunk;
+}
+
+static void engine_set_rate(engine *e, double *rate, double value) { /* a moving average */
+    pthread_mutex_lock(&e->lock);
+    *rate = *rate > 0 ? *rate * 0.8 + value * 0.2 : value;
+    pthread_mutex_unlock(&e->lock);
+}
+
+static void engine_prefill(engine *e, engine_job *j, int others) {
+    int32_t pos[1024];
+    const uint32_t *blocks[1024];
+    unsigned char want[1024] = {0};
+    int n = j->n_prompt - j->n_computed, most = engine_chunk(e, others);
+    n = n < most ? n : most;
+    for (int i = 0; i < n; i++) pos[i] = j->n_computed + i, blocks[i] = j->kv.block;
+    want[n - 1] = j->n_computed + n == j->n_prompt;
+    model_batch b = {n, j->token + j->n_computed, pos, blocks, want, engine_between_layers, e};
+    e->batch_job[0] = j, e->n_batch = 1;
+    double from = sys_now();
+    if (!model_forward(&e->run, &b)) return;
+    if (n >= 8) engine_set_rate(e, &e->stats.prefill_rate, n / (sys_now() - from));
+    pthread_mutex_lock(&e->lock);
+    j->n_computed += n;
+    int done = j->n_computed == j->n_prompt;
+    if (done) j->state = JOB_DECODE;
+    pthread_mutex_unlock(&e->lock);
+    if (!done) {
+        engine_event ev = {EVENT_PREFILL, j->n_computed, 0, {"", 0}, LORCH_FAILED, NULL, NULL, ""};
+        engine_emit(j, &ev);
+        return;
+    }
+    engine_next_token(e, j, e->run.logits);
+}
+
+/* One token for each job that decodes, in one batch. */
+static void engine_decode(engine *e) {
+    int32_t id[MAX_PARALLEL], pos[MAX_PARALLEL];
+    const uint32_t *blocks[MAX_PARALLEL];
+    unsigned char want[MAX_PARALLEL];
+    int n = 0;
+    for (int i = 0; i < e->options.n_parallel; i++) {
+        engine_job *j = e->running[i];
+        if (!j || j->state != JOB_DECODE) continue;
+        pos[n] = j->n_computed, id[n] = j->token[j->n_computed], blocks[n] = j->kv.block, want[n] = 1;
+        e->batch_job[n++] = j;
+    }
+    if ((e->n_batch = n) == 0) return;
+    model_batch b = {n, id, pos, blocks, want, engine_between_layers, e};
+    double from = sys_now();
+    if (!model_forward(&e->run, &b)) return;
+    engine_set_rate(e, &e->stats.decode_rate, 1 / (sys_now() - from));
+    for (int i = 0; i < n; i++) {
+        pthread_mutex_lock(&e->lock);
+        e->batch_job[i]->n_computed++;
+        pthread_mutex_unlock(&e->lock);
+        engine_next_token(e, e->batch_job[i], e->run.logits + (size_t)i * (size_t)e->m->n_vocab);
+    }
+    e->n_batch = 0;
+}
+
+/* Puts queued jobs into free slots, in order, as far as their whole need of KV blocks can be reserved. */
+static void engine_admit(engine *e) { /* under lock */
+    for (int i = 0; i < e->options.n_parallel && e->queue_first; i++) {
+        engine_job *j = e->queue_first;
+        if (e->running[i]) continue;
+        if (!kv_reserve(&e->kv, &j->kv, j->n_prompt + j->max_tokens)) return;
+        e->queue_first = j->next_queued;
+        if (!e->queue_first) e->queue_last = NULL;
+        e->running[i] = j;
+        j->state = JOB_PREFILL, j->t_run = sys_now();
+        e->stats.queued--, e->stats.running++;
+        engine_hist_add(&e->stats.queue_wait, j->t_run - j->t_submit);
+        e->stats.kv_used = 1 - (double)e->kv.n_free / e->kv.n_blocks;
+    }
+}
+
+/* Measures both rates on nonsense tokens while nobody waits; a job that comes interrupts it. */
+static void engine_calibrate(engine *e) {
+    enum { PROMPT = 32, STEPS = 4 };
+    int32_t id[PROMPT], pos[PROMPT];
+    const uint32_t *blocks[PROMPT];
+    unsigned char want[PROMPT] = {0};
+    uint32_t block[2];
+    kv_seq seq = {block, 0};
+    int n = e->n_ctx - STEPS < PROMPT ? e->n_ctx - STEPS : PROMPT;
+    if (n > e->options.chunk) n = e->options.chunk;
+    if (n < 1 || !kv_reserve(&e->kv, &seq, n + STEPS)) return;
+    for (int i = 0; i < n; i++) id[i] = (i * 37 + 11) % e->m->n_vocab, pos[i] = i, blocks[i] = block;
+    model_batch b = {n, id, pos, blocks, want, engine_between_layers, e};
+    double from = sys_now();
+    int ok = model_forward(&e->run, &b); /* the first pass also reads the weights from disk */
+    if (ok) from = sys_now(), ok = model_forward(&e->run, &b);
+    double prefill = sys_now() - from;
+    b.n = 1, want[0] = 1;
+    from = sys_now();
+    for (int i = 0; i < STEPS && ok; i++) pos[0] = n + i, ok = model_forward(&e->run, &b);
+    pthread_mutex_lock(&e->lock);
+    kv_release(&e->kv, &seq);
+    if (ok && e->stats.prefill_rate <= 0) e->stats.prefill_rate = n / prefill;
+    if (ok && e->stats.decode_rate <= 0) e->stats.decode_rate = STEPS / (sys_now() - from);
+    pthread_mutex_unlock(&e->lock);
+}
+
+/* Waits for work. Returns 0 when the engine is to stop and has nothing left. */
+static int engine_await(engine *e) {
+    pthread_mutex_lock(&e->lock);
+    for (;;) {
+        engine_admit(e);
+        engine_progress(e);
+        int busy = e->stats.running > 0, measured = e->stats.prefill_rate > 0 && e->stats.decode_rate > 0;
+        if (busy || (e->stop && !e->queue_first)) {
+            pthread_mutex_unlock(&e->lock);
+            return busy;
+        }
+        pthread_cond_broadcast(&e->idle);
+        if (!measured && !e->calibrating && !e->stop) {
+            e->calibrating = 1;
+            pthread_mutex_unlock(&e->lock);
+            engine_calibrate(e);
+            pthread_mutex_lock(&e->lock);
+            e->calibrating = 0;
+            if (e->queue_first || e->stats.prefill_rate > 0) continue;
+        }
+        pthread_cond_wait(&e->work, &e->lock);
+    }
+}
+
+static void *engine_main(void *arg) {
+    engine *e = arg;
+    while (engine_await(e)) {
+        int decoding = 0;
+        engine_sweep_running(e);
+        for (int i = 0; i < e->options.n_parallel; i++) decoding += e->running[i] && e->running[i]->state == JOB_DECODE;
+        for (int k = 0; k < e->options.n_parallel; k++) { /* one chunk for one job, in turns */
+            int slot = (e->turn + k) % e->options.n_parallel;
+            if (!e->running[slot] || e->running[slot]->state != JOB_PREFILL) continue;
+            e->turn = slot + 1;
+            engine_prefill(e, e->running[slot], decoding);
+            break;
+        }
+        engine_decode(e);
+    }
+    return NULL;
+}
+
+/* ---- opening and closing ---- */
+
+static uint64_t engine_kv_want(const engine *e, kv_layout layout, uint64_t available) {
+    uint64_t all = (uint64_t)kv_blocks_for(e->n_ctx) * layout.block_bytes * (uint64_t)e->options.n_parallel;
+    return all < available / 4 ? all : available / 4;
+}
+
+/* Sizes the context and the KV pool, and refuses what memory cannot hold, with the numbers. */
+static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, size_t cap) {
+    const model *m = e->m;
+    lorch_options *o = &e->options;
+    uint64_t available = sys_memory_available();
+    *layout = kv_layout_of(m->n_layer, m->n_head_kv, m->head_dim, !o->kv_f32);
+    if (o->n_ctx > m->n_ctx_train)
+        return sys_fail(err, cap, "--context %d is more than the %d positions that the model was made for", o->n_ctx, m->n_ctx_train);
+    e->n_ctx = o->n_ctx ? o->n_ctx : m->n_ctx_train;
+    uint64_t kv = o->kv_bytes ? o->kv_bytes : engine_kv_want(e, *layout, available);
+    uint64_t one = (uint64_t)kv_blocks_for(e->n_ctx) * layout->block_bytes;
+    if (o->n_ctx && !o->kv_bytes && kv < one) kv = one; /* an explicit context is kept, or refused below */
+    uint64_t blocks = kv / layout->block_bytes;
+    if (blocks < 1) blocks = 1;
+    if (blocks > INT_MAX / KV_BLOCK) blocks = INT_MAX / KV_BLOCK;
+    if (blocks * KV_BLOCK < (uint64_t)e->n_ctx) {
+        if (o->n_ctx) return sys_fail(err, cap, "INSUFFICIENT_MEMORY: --context %d needs %llu bytes of KV cache, but it has %llu", o->n_ctx,
+                                      (unsigned long long)one, (unsigned long long)kv);
+        e->n_ctx = (int)blocks * KV_BLOCK;
+    }
+    uint64_t need = blocks * layout->block_bytes + model_run_bytes(m, o->n_threads, o->chunk, o->n_parallel);
+    if (need > available)
+        return sys_fail(err, cap, "INSUFFICIENT_MEMORY: KV cache and scratch need %llu bytes, but %llu are available (see --kv-cache-size-mb, --context, --parallel)",
+                        (unsigned long long)need, (unsigned long long)available);
+    *n_blocks = (int)blocks;
+    return 1;
+}
+
+static void engine_close(engine *e) {
+    if (!e) return;
+    pthread_mutex_lock(&e->lock);
+    e->stop = 1;
+    for (engine_job *j = e->live; j; j = j->next_live) engine_cancel_job(e, j);
+    pthread_cond_broadcast(&e->work);
+    pthread_cond_broadcast(&e->intake);
+    pthread_mutex_unlock(&e->lock);
+    if (e->n_started > 0) pthread_join(e->intake_thread, NULL);
+    if (e->n_started > 1) pthread_join(e->engine_thread, NULL);
+    if (e->threads.n_threads) pool_stop(&e->threads);
+    model_run_close(&e->run);
+    kv_pool_close(&e->kv);
+    sample_close(&e->sampler);
+    buf_free(&e->piece);
+    free(e->memory);
+    model_free(e->m);
+    pthread_mutex_destroy(&e->lock);
+    free(e);
+}
+
+static int engine_open_parts(engine *e, char *err, size_t cap) {
+    kv_layout layout;
+    int n_blocks;
+    const char *reason;
+    lorch_options *o = &e->options;
+    if (!(e->k = mat_choose(err, cap))) return 0;
+    if (o->n_threads <= 0) o->n_threads = sys_default_threads(&reason);
+    if (o->chunk <= 0) o->chunk = 256;
+    if (!engine_size(e, &layout, &n_blocks, err, cap)) return 0;
+    for (int i = 0; i < e->m->tok->n; i++)
+        if (e->m->tok->entry[i].text.len > e->max_piece) e->max_piece = e->m->tok->entry[i].text.len;
+    buf_reserve(&e->piece, e->max_piece + 16);
+    pool_start(&e->threads, o->n_threads);
+    o->n_threads = e->threads.n_threads;
+    e->memory = sys_zalloc(ENGINE_MEMORIES, sizeof *e->memory);
+    if (!e->memory || e->piece.failed || !kv_pool_open(&e->kv, layout, n_blocks) || !sample_open(&e->sampler, e->m->n_vocab) ||
+        !model_run_open(&e->run, e->m, e->k, &e->threads, &e->kv, o->chunk > o->n_parallel ? o->chunk : o->n_parallel, o->n_parallel))
+        return sys_fail(err, cap, "INSUFFICIENT_MEMORY: cannot allocate the KV cache and scratch");
+    return 1;
+}
+
+/* Makes an engine around a model, which it owns from then on, even on failure. start: begin its threads
+ * (otherwise only e->run is for use, by the caller's thread). */
+static engine *engine_open(model *m, const lorch_options *options, int start, char *err, size_t cap) {
+    engine *e = sys_zalloc(1, sizeof *e);
+    if (!e) return sys_fail(err, cap, "out of memory"), model_free(m), NULL;
+    e->m = m, e->options = *options;
+    pthread_mutex_init(&e->lock, NULL);
+    sys_cond_init(&e->work), sys_cond_init(&e->intake), sys_cond_init(&e->idle);
+    engine_progress(e);
+    int ok = engine_open_parts(e, err, cap);
+    if (ok && start) {
+        if (sys_thread(&e->intake_thread, engine_intake_main, e) == 0) e->n_started++;
+        if (e->n_started && sys_thread(&e->engine_thread, engine_main, e) == 0) e->n_started++;
+        if (e->n_started < 2) ok = sys_fail(err, cap, "cannot start threads");
+    }
+    if (ok) return e;
+    engine_close(e);
+    return NULL;
+}
+
+static uint64_t engine_private_bytes(const engine *e) { /* beside the KV pool */
+    return e->run.bytes + (uint64_t)e->m->n_vocab * (4 + 4 + 1 + sizeof(tok_entry) + 16) + (uint64_t)e->m->tok->n_merges * (sizeof(str) + 16);
+}
+static uint64_t engine_kv_bytes(const engine *e) { return e->kv.layout.block_bytes * (uint64_t)e->kv.n_blocks; }
+
+static engine_stats engine_snapshot(engine *e) {
+    pthread_mutex_lock(&e->lock);
+    engine_stats s = e->stats;
+    pthread_mutex_unlock(&e->lock);
+    return s;
+}
+
+/* ==== Embedding interface ==================================================================
+ * The functions of lorch.h, over the engine: one job for each lorch_generate, whose events wait in a
+ * queue until the calling thread has given them to the callback. */
+
+struct lorch {
+    engine *e;
+};
+
+typedef struct embed_item {
+    struct embed_item *next;
+    lorch_token token;
+    char text[1]; /* token.len bytes and a NUL */
+} embed_item;
+
+typedef struct { /* one call of lorch_generate */
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    embed_item *first, *last;
+    int done;
+    lorch_reason reason;
+    char *error;
+} embed_call;
+
+static void embed_sink(engine_job *job, const engine_event *ev) {
+    embed_call *c = job->user;
+    pthread_mutex_lock(&c->lock);
+    if (ev->type == EVENT_TOKEN) {
+        embed_item *it = malloc(sizeof *it + ev->text.len);
+        if (it) {
+            it->next = NULL;
+            memcpy(it->text, ev->text.ptr, ev->text.len);
+            it->text[ev->text.len] = 0;
+            it->token.id = ev->id, it->token.index = ev->index, it->token.text = it->text, it->token.len = ev->text.len;
+            if (c->last) c->last->next = it;
+            else c->first = it;
+            c->last = it;
+        } else __atomic_store_n(&job->cancel, 1, __ATOMIC_RELEASE);
+    } else if (ev->type == EVENT_END || ev->type == EVENT_ERROR || ev->type == EVENT_REFUSED) {
+        c->done = 1;
+        c->reason = ev->type == EVENT_END ? ev->reason : ev->error == &ERR_CANCELLED ? LORCH_CANCELLED : LORCH_FAILED;
+        if (c->reason == LORCH_FAILED) {
+            str errors = buf_str(&job->field_errors);
+            snprintf(c->error, LORCH_ERROR_BYTES, "%s: %s%s%.*s", ev->error->code, ev->message, errors.len ? ": " : "", (int)errors.len, errors.ptr);
+        }
+    }
+    pthread_cond_signal(&c->wake);
+    pthread_mutex_unlock(&c->lock);
+}
+
+const char *lorch_version(void) { return LORCH_VERSION; }
+
+void lorch_defaults(lorch_options *o) {
+    memset(o, 0, sizeof *o);
+    o->n_parallel = 4, o->n_queue = 32;
+}
+
+void lorch_params_defaults(lorch_params *p) {
+    memset(p, 0, sizeof *p);
+    p->max_tokens = 2048, p->temperature = 1, p->top_p = 1, p->repetition_penalty = 1;
+}
+
+lorch *lorch_load(const char *path, const lorch_options *options, char error[LORCH_ERROR_BYTES]) {
+    lorch_options o;
+    lorch_defaults(&o);
+    if (options) o = *options;
+    if (o.n_parallel < 1 || o.n_parallel > MAX_PARALLEL || o.n_queue < 0 || o.n_queue > MAX_QUEUE || o.chunk < 0 || o.chunk > 1024 || o.n_ctx < 0)
+        return sys_fail(error, LORCH_ERROR_BYTES, "an option is out of range"), NULL;
+    lorch *l = sys_zalloc(1, sizeof *l);
+    model *m = l ? model_load(path, o.pre, error, LORCH_ERROR_BYTES) : NULL;
+    if (m) l->e = engine_open(m, &o, 1, error, LORCH_ERROR_BYTES);
+    if (l && l->e) return l;
+    if (!l) sys_fail(error, LORCH_ERROR_BYTES, "out of memory");
+    free(l);
+    return NULL;
+}
+
+void lorch_free(lorch *l) {
+    if (!l) return;
+    engine_close(l->e);
+    free(l);
+}
+
+int lorch_tokenize(const lorch *l, const char *text, size_t len, int add_bos, int special, int32_t *ids, int cap) {
+    tok_ids out = {0};
+    int ok = tok_encode(l->e->m->tok, str_make(text, len), (add_bos ? TOK_BOS : 0) | (special ? TOK_SPECIAL : 0), &out);
+    for (int i = 0; ok && i < out.n && i < cap; i++) ids[i] = out.id[i];
+    free(out.id);
+    return ok ? out.n : -1;
+}
+
+long lorch_detokenize(const lorch *l, const int32_t *ids, int n, int special, char *text, size_t cap) {
+    buf b = {0};
+    tok_decode(l->e->m->tok, ids, n, special, &b);
+    long len = b.failed ? -1 : (long)b.len;
+    if (!b.failed && b.len) memcpy(text, b.ptr, b.len < cap ? b.len : cap);
+    if (len >= 0 && (size_t)len < cap) text[len] = 0;
+    buf_free(&b);
+    return len;
+}
+
+/* The arguments as a job, or NULL with an error. */
+static engine_job *embed_job(const char *key, const char *prompt, size_t len, const lorch_params *p, embed_call *c) {
+    if (p->n_stop < 0 || p->n_stop > MAX_STOPS || p->max_tokens < 1 || !(p->temperature >= 0 && p->temperature <= 2) || !(p->top_p >= 0 && p->top_p <= 1) ||
+        !(p->min_p >= 0 && p->min_p <= 1) || p->top_k < 0 || !(p->repetition_penalty > 0 && p->repetition_penalty <= 2))
+        return sys_fail(c->error, LORCH_ERROR_BYTES, "a parameter is out of range"), NULL;
+    engine_job *j = engine_job_new();
+    if (!j) return sys_fail(c->error, LORCH_ERROR_BYTES, "out of memory"), NULL;
+    if (key) buf_puts(&j->id, key);
+    buf_add(&j->prompt, prompt, len);
+    for (int i = 0; i < p->n_stop; i++) buf_puts(&j->stop[i], p->stop[i]);
+    sample_params s = {p->temperature, p->top_p, p->min_p, p->repetition_penalty, p->top_k, p->seed};
+    j->sample = s;
+    j->max_tokens = p->max_tokens, j->n_stop = p->n_stop, j->special = p->special, j->ignore_eos = p->ignore_eos;
+    j->sink = embed_sink, j->user = c;
+    int bad = utf8_count(buf_str(&j->prompt)) < 0 || j->id.len > MAX_JOB_ID_BYTES;
+    for (int i = 0; i < p->n_stop; i++) bad |= j->stop[i].len == 0;
+    if (!bad) return j;
+    engine_job_free(j);
+    return sys_fail(c->error, LORCH_ERROR_BYTES, "the prompt is not UTF-8, the key is too long, or a stop string is empty"), NULL;
+}
+
+static void embed_deliver(lorch *l, engine_job *j, embed_call *c, lorch_token_fn fn, void *user) {
+    int stopped = 0;
+    pthread_mutex_lock(&c->lock);
+    while (c->first || !c->done) {
+        embed_item *it = c->first;
+        if (!it) {
+            pthread_cond_wait(&c->wake, &c->lock);
+            continue;
+        }
+        c->first = it->next;
+        if (!c->first) c->last = NULL;
+        pthread_mutex_unlock(&c->lock);
+        if (fn && !stopped && fn(&it->token, user)) {
+            stopped = 1;
+            pthread_mutex_lock(&l->e->lock);
+            engine_cancel_job(l->e, j);
+            pthread_mutex_unlock(&l->e->lock);
+        }
+        free(it);
+        pthread_mutex_lock(&c->lock);
+    }
+    if (stopped) c->reason = LORCH_CANCELLED;
+    pthread_mutex_unlock(&c->lock);
+}
+
+lorch_reason lorch_generate(lorch *l, const char *key, const char *prompt, size_t len, const lorch_params *params, lorch_token_fn fn,
+                            void *user, lorch_stats *stats, char error[LORCH_ERROR_BYTES]) {
+    embed_call c = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, NULL, NULL, 0, LORCH_FAILED, error};
+    error[0] = 0;
+    engine_job *j = embed_job(key, prompt, len, params, &c);
+    if (!j) return LORCH_FAILED;
+    const engine_error *why = engine_submit(l->e, j);
+    if (why) sys_fail(error, LORCH_ERROR_BYTES, "%s", why->code);
+    else embed_deliver(l, j, &c, fn, user);
+    if (stats) {
+        memset(stats, 0, sizeof *stats);
+        stats->prompt_tokens = j->n_prompt, stats->tokens_out = j->n_out, stats->stop_matched = j->stop_matched;
+        if (j->t_decode > 0) stats->prefill_seconds = j->t_decode - j->t_run, stats->decode_seconds = j->t_done - j->t_decode;
+    }
+    engine_job_drop(l->e, j);
+    return why ? LORCH_FAILED : c.reason;
+}
+
+int lorch_cancel(lorch *l, const char *key) { return engine_cancel(l->e, str_of(key)) == 1; }
+
+lorch_memory lorch_memory_used(const lorch *l) {
+    lorch_memory m = {l->e->m->weight_bytes, engine_kv_bytes(l->e), engine_private_bytes(l->e)};
+    return m;
+}
+int lorch_context_length(const lorch *l) { return l->e->n_ctx; }
+int lorch_vocab_size(const lorch *l) { return l->e->m->n_vocab; }
+
+/* ==== HTTP =================================================================================
+ * HTTP/1.0 and 1.1 over non-blocking sockets, strictly: what a proxy could read in two ways is refused
+ * (RFC 9112, and the smuggling cases of the last years). A connection gathers the bytes of a head until it
+ * is complete, byte by byte, so that the answer does not depend on how they were split; then the body; then
+ * the routes answer, and the next request in the buffer gets its turn, so pipelined ones are answered in
+ * order. All of it runs on the I/O thread. */
+
+enum http_state { HTTP_HEAD, HTTP_BODY, HTTP_WAIT, HTTP_STREAM, HTTP_LINGER, HTTP_DEAD };
+enum http_body { BODY_NONE, BODY_LENGTH, BODY_CHUNKED };
+enum http_chunk { CHUNK_SIZE, CHUNK_EXT, CHUNK_SIZE_LF, CHUNK_DATA, CHUNK_DATA_CR, CHUNK_DATA_LF, CHUNK_TRAILER, CHUNK_TRAILER_LF, CHUNK_DONE };
+enum {
+    HTTP_MAX_EXT = 1024,         /* bytes of chunk extensions in one request: nobody uses them */
+    HTTP_MAX_TRAILER = 8192,     /* bytes of trailers, which are discarded */
+    HTTP_MAX_OUT = 1 << 18,      /* unsent bytes beyond which pipelined requests must wait */
+    HTTP_LINGER_MS = 1000        /* how long unread bytes are drained after an early answer */
+};
+
+typedef struct {
+    str name, value;
+} http_header;
+
+typedef struct { /* views into the connection's head buffer */
+    str method, path, query, host;
+    int minor; /* HTTP/1.minor */
+    int n_headers;
+    http_header header[MAX_HEADERS];
+    enum http_body body_kind;
+    uint64_t content_length;
+    int keep_alive, expect_continue;
+} http_request;
+
+typedef struct {
+    int fd;
+    enum http_state state;
+    buf in, head, body, out;
+    size_t scanned;       /* bytes of `in` that the head scanner has seen */
+    int skipped_line;     /* an empty line before the request was skipped */
+    http_request req;
+    enum http_chunk chunk;
+    uint64_t chunk_left;
+    int chunk_digits;
+    size_t chunk_extra, trailer_bytes, trailer_line;
+    double t_input;       /* when the present state's wait for input began */
+    double t_output;      /* when bytes last went out, or output was last empty */
+    int eof;              /* the peer has sent its FIN */
+    int close_after;      /* close once `out` is sent */
+    char correlation[65];
+    struct route_stream *stream;
+} http_conn;
+
+static int http_is_token(str s) { /* RFC 9110's token, not empty */
+    for (size_t i = 0; i < s.len; i++) {
+        unsigned char c = (unsigned char)s.ptr[i];
+        if (!((c >= '0' && c <= '9') || (str_lower((char)c) >= 'a' && str_lower((char)c) <= 'z') || (c && strchr("!#$%&'*+-.^_`|~", c)))) return 0;
+    }
+    return s.len > 0;
+}
+
+/* Looks for the end of the head in the bytes not yet seen. 1: complete, *end is its length; 0: more is
+ * needed; else the error. The first offending byte decides, so splits do not matter. */
+static int http_scan(const char *p, size_t n, size_t *scanned, size_t *end, const engine_error **error) {
+    for (; *scanned < n; ++*scanned) {
+        size_t i = *scanned;
+        unsigned char c = (unsigned char)p[i];
+        *error = &ERR_INVALID;
+        if (i >= MAX_HEAD_BYTES) return *error = &ERR_HEADERS, -1;
+        if (i > 0 && p[i - 1] == '\r' && c != '\n') return -1;
+        if (c == '\n' && (i == 0 || p[i - 1] != '\r')) return -1;
+        if ((c < 0x20 && c != '\t' && c != '\r' && c != '\n') || c == 0x7f) return -1;
+        if (c == '\n' && i >= 3 && p[i - 2] == '\n') return *end = i + 1, ++*scanned, 1;
+    }
+    return 0;
+}
+
+static const http_header *http_find(const http_request *r, const char *name) {
+    for (int i = 0; i < r->n_headers; i++)
+        if (str_ieq(r->header[i].name, name)) return &r->header[i];
+    return NULL;
+}
+
+static int http_count(const http_request *r, const char *name) {
+    int n = 0;
+    for (int i = 0; i < r->n_headers; i++) n += str_ieq(r->header[i].name, name);
+    return n;
+}
+
+static int http_lists(str value, const char *word) { /* is word in a comma-separated list? */
+    while (value.len) {
+        const char *comma = memchr(value.ptr, ',', value.len);
+        size_t n = comma ? (size_t)(comma - value.ptr) : value.len;
+        if (str_ieq(str_trim(str_make(value.ptr, n)), word)) return 1;
+        n += comma != NULL;
+        value.ptr += n, value.len -= n;
+    }
+    return 0;
+}
+
+static int http_valid_host(str h) { /* host [ ":" port ], characters only */
+    if (h.len == 0) return 0;
+    for (size_t i = 0; i < h.len; i++) {
+        unsigned char c = (unsigned char)h.ptr[i];
+        if (c <= ' ' || c >= 0x7f || strchr("/\\?#@,\"<>^`{|}", c)) return 0;
+    }
+    const char *colon = memrchr(h.ptr, ':', h.len), *bracket = memrchr(h.ptr, ']', h.len);
+    if (colon && colon > bracket)
+        for (const char *p = colon + 1; p < h.ptr + h.len; p++)
+            if (*p < '0' || *p > '9') return 0;
+    return colon != h.ptr;
+}
+
+/* request-line = method SP request-target SP HTTP-version */
+static const engine_error *http_parse_line(http_request *r, str line) {
+    static const char *const known[] = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"};
+    const char *a = memchr(line.ptr, ' ', line.len);
+    if (!a) return &ERR_INVALID;
+    const char *rest = a + 1, *b = memchr(rest, ' ', line.len - (size_t)(rest - line.ptr));
+    if (!b) return &ERR_INVALID;
+    str version = str_make(b + 1, line.len - (size_t)(b + 1 - line.ptr)), target = str_make(rest, (size_t)(b - rest));
+    r->method = str_make(line.ptr, (size_t)(a - line.ptr));
+    if (!http_is_token(r->method)) return &ERR_INVALID;
+    if (version.len != 8 || memcmp(version.ptr, "HTTP/", 5) || version.ptr[6] != '.' || version.ptr[5] < '0' || version.ptr[5] > '9' ||
+        version.ptr[7] < '0' || version.ptr[7] > '9')
+        return &ERR_INVALID;
+    if (version.ptr[5] != '1' || version.ptr[7] > '1') return &ERR_HTTP_VERSION;
+    r->minor = version.ptr[7] - '0';
+    for (size_t i = 0; i < target.len; i++)
+        if ((unsigned char)target.ptr[i] <= ' ' || (unsigned char)target.ptr[i] >= 0x7f) return &ERR_INVALID;
+    int is_known = 0;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) is_known |= str_is(r->method, known[i]);
+    if (!is_known) return &ERR_NOT_IMPLEMENTED;
+    if (target.len > 7 && str_ieq(str_make(target.ptr, 7), "http://")) { /* absolute-form: what a proxy gets */
+        const char *slash = memchr(target.ptr + 7, '/', target.len - 7);
+        target = slash ? str_make(slash, target.len - (size_t)(slash - target.ptr)) : str_make("/", 1);
+    }
+    if (target.len == 0 || (target.ptr[0] != '/' && !(str_is(target, "*") && str_is(r->method, "OPTIONS")))) return &ERR_INVALID;
+    const char *q = memchr(target.ptr, '?', target.len);
+    r->path = str_make(target.ptr, q ? (size_t)(q - target.ptr) : target.len);
+    r->query = q ? str_make(q + 1, target.len - r->path.len - 1) : str_make("", 0);
+    return NULL;
+}
+
+/* field-line = token ":" OWS value OWS; no folding, no space before the colon */
+static const engine_error *http_parse_field(http_request *r, str line) {
+    const char *colon = memchr(line.ptr, ':', line.len);
+    if (!colon) return &ERR_INVALID;
+    http_header h = {str_make(line.ptr, (size_t)(colon - line.ptr)), str_make(colon + 1, line.len - (size_t)(colon - line.ptr) - 1)};
+    if (!http_is_token(h.name)) return &ERR_INVALID;
+    if (r->n_headers == MAX_HEADERS) return &ERR_HEADERS;
+    h.value = str_trim(h.value);
+    r->header[r->n_headers++] = h;
+    return NULL;
+}
+
+/* How the body is framed. Whatever two implementations could understand differently is an error. */
+static const engine_error *http_parse_framing(http_request *r) {
+    const http_header *length = http_find(r, "content-length"), *coding = http_find(r, "transfer-encoding");
+    if (http_count(r, "content-length") > 1 || http_count(r, "transfer-encoding") > 1 || (length && coding)) return &ERR_INVALID;
+    if (coding) {
+        if (r->minor == 0 || !str_ieq(coding->value, "chunked")) return &ERR_INVALID;
+        r->body_kind = BODY_CHUNKED;
+        return NULL;
+    }
+    if (!length) return NULL;
+    if (length->value.len == 0) return &ERR_INVALID;
+    for (size_t i = 0; i < length->value.len; i++) {
+        char c = length->value.ptr[i];
+        if (c < '0' || c > '9') return &ERR_INVALID;
+        if (r->content_length <= MAX_BODY_BYTES) r->content_length = r->content_length * 10 + (uint64_t)(c - '0');
+    }
+    if (r->content_length > MAX_BODY_BYTES) return &ERR_TOO_LARGE;
+    r->body_kind = r->content_length ? BODY_LENGTH : BODY_NONE;
+    return NULL;
+}
+
+static const engine_error *http_parse_head(http_request *r, str head) {
+    memset(r, 0, sizeof *r);
+    for (int first = 1;; first = 0) {
+        const char *eol = memmem(head.ptr, head.len, "\r\n", 2);
+        str line = str_make(head.ptr, (size_t)(eol - head.ptr));
+        if (line.len == 0) break;
+        const engine_error *e = first ? http_parse_line(r, line) : http_parse_field(r, line);
+        if (e) return e;
+        head.ptr += line.len + 2, head.len -= line.len + 2;
+    }
+    if (r->path.len == 0) return &ERR_INVALID;
+    int hosts = http_count(r, "host");
+    if (hosts > 1 || (hosts == 0 && r->minor == 1)) return &ERR_INVALID;
+    if (hosts) r->host = http_find(r, "host")->value;
+    if (hosts && !http_valid_host(r->host)) return &ERR_INVALID;
+    r->keep_alive = r->minor == 1;
+    for (int i = 0; i < r->n_headers; i++) {
+        if (!str_ieq(r->header[i].name, "connection")) continue;
+        if (http_lists(r->header[i].value, "close")) r->keep_alive = 0;
+        else if (r->minor == 0 && http_lists(r->header[i].value, "keep-alive")) r->keep_alive = 1;
+    }
+    const http_header *expect = http_find(r, "expect");
+    r->expect_continue = r->minor == 1 && expect && str_ieq(expect->value, "100-continue");
+    return http_parse_framing(r);
+}
+
+/* Takes one byte of a chunked body outside the data itself.
+ *   chunk = 1*16HEXDIG [ ";" extension ] CRLF data CRLF;  last = "0" [...] CRLF *( trailer CRLF ) CRLF */
+static const engine_error *http_chunk_byte(http_conn *c, char ch) {
+    int digit = ch >= '0' && ch <= '9' ? ch - '0' : str_lower(ch) >= 'a' && str_lower(ch) <= 'f' ? str_lower(ch) - 'a' + 10 : -1;
+    unsigned char u = (unsigned char)ch;
+    switch (c->chunk) {
+    case CHUNK_SIZE:
+        if (digit >= 0) {
+            if (++c->chunk_digits > 16) return &ERR_INVALID;
+            c->chunk_left = c->chunk_left > MAX_BODY_BYTES ? c->chunk_left : c->chunk_left * 16 + (uint64_t)digit;
+            return NULL;
+        }
+        if (c->chunk_digits == 0) return &ERR_INVALID;
+        if (ch == '\r') c->chunk = CHUNK_SIZE_LF;
+        else if (ch == ';') c->chunk = CHUNK_EXT;
+        else return &ERR_INVALID;
+        return NULL;
+    case CHUNK_EXT:
+        if (ch == '\r') return c->chunk = CHUNK_SIZE_LF, NULL;
+        return (u < 0x20 && ch != '\t') || u == 0x7f || ++c->chunk_extra > HTTP_MAX_EXT ? &ERR_INVALID : NULL;
+    case CHUNK_SIZE_LF:
+        if (ch != '\n') return &ERR_INVALID;
+        if (c->chunk_left > MAX_BODY_BYTES - c->body.len) return &ERR_TOO_LARGE;
+        c->chunk = c->chunk_left ? CHUNK_DATA : CHUNK_TRAILER;
+        c->trailer_line = 0;
+        return NULL;
+    case CHUNK_DATA_CR: c->chunk = CHUNK_DATA_LF; return ch == '\r' ? NULL : &ERR_INVALID;
+    case CHUNK_DATA_LF: c->chunk = CHUNK_SIZE, c->chunk_left = 0, c->chunk_digits = 0; return ch == '\n' ? NULL : &ERR_INVALID;
+    case CHUNK_TRAILER:
+        if (ch == '\r') return c->chunk = CHUNK_TRAILER_LF, NULL;
+        c->trailer_line++;
+        return (u < 0x20 && ch != '\t') || u == 0x7f || ++c->trailer_bytes > HTTP_MAX_TRAILER ? &ERR_INVALID : NULL;
+    case CHUNK_TRAILER_LF:
+        c->chunk = c->trailer_line ? CHUNK_TRAILER : CHUNK_DONE;
+        c->trailer_line = 0;
+        return ch == '\n' ? NULL : &ERR_INVALID;
+    default: return &ERR_INVALID;
+    }
+}
+
+/* Moves body bytes from c->in to c->body. 1: the body is complete; 0: more is needed; -1: *error. */
+static int http_read_body(http_conn *c, const engine_error **error) {
+    size_t at = 0;
+    int done = c->req.body_kind == BODY_NONE;
+    if (c->req.body_kind == BODY_LENGTH) {
+        size_t want = (size_t)c->req.content_length - c->body.len;
+        at = want < c->in.len ? want : c->in.len;
+        buf_add(&c->body, c->in.ptr, at);
+        done = c->body.len == c->req.content_length;
+    }
+    *error = NULL;
+    while (c->req.body_kind == BODY_CHUNKED && at < c->in.len && c->chunk != CHUNK_DONE && !*error) {
+        if (c->chunk != CHUNK_DATA) {
+            *error = http_chunk_byte(c, c->in.ptr[at++]);
+            continue;
+        }
+        size_t n = c->in.len - at < c->chunk_left ? c->in.len - at : (size_t)c->chunk_left;
+        buf_add(&c->body, c->in.ptr + at, n);
+        at += n, c->chunk_left -= n;
+        if (c->chunk_left == 0) c->chunk = CHUNK_DATA_CR;
+    }
+    if (c->req.body_kind == BODY_CHUNKED) done = c->chunk == CHUNK_DONE;
+    buf_drop(&c->in, at);
+    if (c->body.failed) *error = &ERR_TOO_LARGE;
+    return *error ? -1 : done;
+}
+
+static const char *http_reason(int status) {
+    static const struct { int status; const char *text; } reasons[] = {
+        {200, "OK"}, {202, "Accepted"}, {204, "No Content"}, {400, "Bad Request"}, {401, "Unauthorized"}, {404, "Not Found"}, {405, "Method Not Allowed"},
+        {408, "Request Timeout"}, {409, "Conflict"}, {413, "Content Too Large"}, {415, "Unsupported Media Type"}, {431, "Request Header Fields Too Large"},
+        {500, "Internal Server Error"}, {501, "Not Implemented"}, {503, "Service Unavailable"}, {504, "Gateway Timeout"}, {505, "HTTP Version Not Supported"}};
+    for (size_t i = 0; i < sizeof reasons / sizeof *reasons; i++)
+        if (reasons[i].status == status) return reasons[i].text;
+    return "Unknown";
+}
+
+/* Appends a whole response. extra: header lines, each ending in CRLF, or "". */
+static void http_respond(http_conn *c, int status, const char *type, const char *extra, str body) {
+    int head_only = c->req.method.len && str_is(c->req.method, "HEAD");
+    if (!c->req.keep_alive) c->close_after = 1;
+    buf_printf(&c->out, "HTTP/1.1 %d %s\r\n", status, http_reason(status));
+    if (status != 204) buf_printf(&c->out, "Content-Type: %s\r\nContent-Length: %llu\r\n", type, (unsigned long long)body.len);
+    buf_printf(&c->out, "Cache-Control: no-store\r\nX-Correlation-Id: %s\r\n%sConnection: %s\r\n\r\n", c->correlation, extra, c->close_after ? "close" : "keep-alive");
+    if (!head_only && status != 204) buf_add(&c->out, body.ptr, body.len);
+}
+
+/* An error body of the contract. details: JSON members or ""; errors: JSON objects or "". */
+static void http_error(http_conn *c, const engine_error *e, const char *message, const char *details, str errors, const char *extra) {
+    buf b = {0};
+    buf_puts(&b, "{\"error\":{");
+    json_kv_cstr(&b, "code", e->code);
+    json_kv_cstr(&b, "message", message);
+    if (*details) buf_printf(&b, ",\"details\":{%s}", details);
+    json_kv_cstr(&b, "correlation_id", c->correlation);
+    buf_putc(&b, '}');
+    if (errors.len) buf_puts(&b, ",\"errors\":["), buf_add(&b, errors.ptr, errors.len), buf_putc(&b, ']');
+    buf_puts(&b, "}");
+    if (c->req.body_kind != BODY_NONE && c->state != HTTP_WAIT) c->close_after = 1; /* the body has not been read */
+    http_respond(c, e->status, "application/json", extra, buf_str(&b));
+    buf_free(&b);
+}
+#endif

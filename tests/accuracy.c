@@ -1,0 +1,425 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * accuracy: the numbers and tokens of `lorch score` and `lorch generate` against llama.cpp's,
+ * as tests/oracle.mjs recorded them in tests/expected/.
+ *
+ *   cc -std=c99 -O1 tests/accuracy.c -o accuracy && LORCH=./lorch ./accuracy [NAME-PART ...]
+ *
+ * It runs in the top directory.  Tests of the project's tier use tests/models and models that
+ * tests/mkmodel.c makes; those of the shared tier need $LORCH_SHARED and are skipped without.
+ */
+#include "spawn.h"
+
+#define MKMODEL_NO_MAIN
+#include "mkmodel.c"
+
+#include <math.h>
+
+enum { N_IDS = 64, N_TOP = 8, ASK_TOP = 64, MAX_IDS = 4096 };
+
+/* A quantised model's greedy text may leave the expected one where two tokens are this close:
+ * activations are rounded differently, and either is right. */
+static const double NEAR_TIE = 0.15;
+
+/* ==== What score prints ====================================================================== */
+
+typedef struct {
+    int id;
+    double logprob;
+} top_entry;
+
+typedef struct {
+    int id, has_logprob, n_top;
+    double logprob; /* of id, given what precedes */
+    top_entry top[ASK_TOP];
+} score_line;
+
+typedef struct {
+    score_line *at; /* [n], owned */
+    int n;
+    double perplexity;
+    char hash[80];
+} score;
+
+/* Reads [[id,logprob],...]; gives the number of entries, or -1. */
+static int read_top(const char *p, top_entry *out, int max) {
+    int n = 0;
+    if (!p || *p != '[') return -1;
+    for (p++; n < max && *p == '['; n++) {
+        char *end;
+        out[n].id = (int)strtol(p + 1, &end, 10);
+        if (*end != ',') return -1;
+        out[n].logprob = strtod(end + 1, &end);
+        if (*end != ']') return -1;
+        p = end + 1 + strspn(end + 1, ", ");
+    }
+    return n;
+}
+
+/* Parses the output in place; gives what is wrong with it, or NULL. */
+static const char *read_score(char *out, score *s) {
+    s->at = calloc(MAX_IDS, sizeof *s->at);
+    if (!s->at) return "out of memory";
+    for (char *line = strtok(out, "\n"); line; line = strtok(NULL, "\n")) {
+        const char *perplexity = json_find(line, "perplexity"), *id = json_find(line, "id");
+        const char *index = json_find(line, "i"), *logprob = json_find(line, "logprob");
+        if (perplexity) {
+            s->perplexity = strtod(perplexity, NULL);
+            json_string(json_find(line, "logits_hash"), s->hash, sizeof s->hash);
+            return strtok(NULL, "\n") ? "lines after the summary" : NULL;
+        }
+        if (!index || !id || !logprob || s->n == MAX_IDS) return "a line lacks i, id or logprob";
+        score_line *l = &s->at[s->n];
+        if (atoi(index) != s->n++) return "positions are not in order";
+        l->id = atoi(id);
+        l->has_logprob = strncmp(logprob, "null", 4) != 0;
+        l->logprob = strtod(logprob, NULL);
+        l->n_top = read_top(json_find(line, "top"), l->top, ASK_TOP);
+        if (l->n_top < 1) return "a line has no top list";
+    }
+    return "there is no summary line";
+}
+
+static void score_free(score *s) {
+    free(s->at);
+    memset(s, 0, sizeof *s);
+}
+
+static void print_ids(char *out, size_t size, const int *ids, int n) {
+    size_t len = 0;
+    out[0] = 0;
+    for (int i = 0; i < n && len + 16 < size; i++)
+        len += (size_t)snprintf(out + len, size - len, i ? ",%d" : "%d", ids[i]);
+}
+
+/* Runs `score` on ids; extra (up to NULL) are further arguments.  Gives an error or NULL. */
+static const char *run_score(const char *model, const int *ids, int n, const char *const *extra,
+                             score *s) {
+    static char list[MAX_IDS * 8], why[400];
+    const char *args[MAX_ARGS] = {"score", model, "--ids", list, "--top", "64"};
+    for (int i = 0; extra && extra[i]; i++) args[6 + i] = extra[i];
+    memset(s, 0, sizeof *s);
+    print_ids(list, sizeof list, ids, n);
+    run_result r = run_input("", 0, args);
+    const char *failure = run_failure(&r);
+    if (!failure) failure = read_score(r.out, s);
+    if (!failure && s->n != n) failure = "the number of positions is wrong";
+    if (failure && failure != why) snprintf(why, sizeof why, "score: %.350s", failure);
+    run_free(&r);
+    return failure ? why : NULL;
+}
+
+static const top_entry *find_id(const top_entry *top, int n, int id) {
+    for (int i = 0; i < n; i++)
+        if (top[i].id == id) return &top[i];
+    return NULL;
+}
+
+/* ==== Log-probabilities ====================================================================== */
+
+typedef struct {
+    char model[128], tier[16], make[512];
+    int ids[N_IDS];
+    double tolerance;
+    top_entry top[N_IDS][N_TOP];
+} expected;
+
+static int read_expected(const char *line, expected *e) {
+    const char *tolerance = json_find(line, "tolerance"), *p = json_find(line, "top");
+    json_string(json_find(line, "model"), e->model, sizeof e->model);
+    json_string(json_find(line, "tier"), e->tier, sizeof e->tier);
+    json_string(json_find(line, "make"), e->make, sizeof e->make);
+    if (!tolerance || !p || json_ints(json_find(line, "ids"), e->ids, N_IDS) != N_IDS) return -1;
+    e->tolerance = strtod(tolerance, NULL);
+    p++;
+    for (int i = 0; i < N_IDS; i++) {
+        if (read_top(p, e->top[i], N_TOP) != N_TOP) return -1;
+        p = strstr(p, "]]");
+        if (!p) return -1;
+        p += 2 + strspn(p + 2, ", ");
+    }
+    return 0;
+}
+
+/* Where the model of a line lies; makes it if it is one of mkmodel's.  NULL: not to be had. */
+static const char *find_model(const char *name, const char *tier, const char *make) {
+    static char path[600];
+    const char *dirs[] = {"models", "testdata/models"};
+    if (*make) {
+        char copy[512];
+        const char *args[MAX_ARGS];
+        int n = 0;
+        snprintf(path, sizeof path, "%s", scratch("model.gguf"));
+        snprintf(copy, sizeof copy, "%s", make);
+        for (char *w = strtok(copy, " "); w && n < MAX_ARGS; w = strtok(NULL, " ")) {
+            args[n++] = w;
+            if (n == 2) args[n++] = path;
+        }
+        return mkmodel_write(n, args) == 0 ? path : NULL;
+    }
+    if (strcmp(tier, "project") == 0) {
+        snprintf(path, sizeof path, "tests/models/%s", name);
+        return access(path, R_OK) == 0 ? path : NULL;
+    }
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s/%s", T.shared, dirs[i], name);
+        if (access(path, R_OK) == 0) return path;
+    }
+    return NULL;
+}
+
+typedef struct {
+    double error;
+    int position, id;
+    double expected, got;
+} worst;
+
+static void note_error(worst *w, int position, int id, double expect, double got) {
+    double error = fabs(expect - got);
+    if (error <= w->error) return; /* written so that a NaN falls through */
+    *w = (worst){isnan(error) ? INFINITY : error, position, id, expect, got};
+}
+
+/* Each of the oracle's eight is looked for among lorch's 64.  One that is not there is at most
+ * as likely as the last of those, which bounds its error from below. */
+static void compare_tops(const expected *e, const score *s, worst *w) {
+    for (int i = 0; i < N_IDS; i++) {
+        const score_line *l = &s->at[i];
+        for (int k = 0; k < N_TOP; k++) {
+            const top_entry *want = &e->top[i][k], *got = find_id(l->top, l->n_top, want->id);
+            double lowest = l->top[l->n_top - 1].logprob;
+            if (got) note_error(w, i, want->id, want->logprob, got->logprob);
+            else if (!(want->logprob <= lowest))
+                note_error(w, i, want->id, want->logprob, lowest);
+        }
+    }
+}
+
+/* The logprob fields are checked where the oracle knows them, and against the perplexity. */
+static const char *compare_logprobs(const expected *e, const score *s, worst *w) {
+    double sum = 0;
+    if (s->at[0].has_logprob) return "the first logprob is not null";
+    for (int i = 0; i < N_IDS; i++) {
+        if (s->at[i].id != e->ids[i]) return "an id differs from the one given";
+        if (i == 0) continue;
+        if (!s->at[i].has_logprob) return "a later logprob is null";
+        const top_entry *want = find_id(e->top[i - 1], N_TOP, e->ids[i]);
+        if (want) note_error(w, i, want->id, want->logprob, s->at[i].logprob);
+        const top_entry *own = find_id(s->at[i - 1].top, s->at[i - 1].n_top, e->ids[i]);
+        if (own && !(fabs(own->logprob - s->at[i].logprob) < 1e-4))
+            return "logprob is not the one that the preceding top list gives";
+        sum += s->at[i].logprob;
+    }
+    double perplexity = exp(-sum / (N_IDS - 1));
+    if (!(fabs(s->perplexity / perplexity - 1) < 1e-3)) return "perplexity does not follow";
+    if (strlen(s->hash) < 8) return "there is no logits_hash";
+    return NULL;
+}
+
+static void test_logprobs(const expected *e) {
+    static const char *const f32_cache[] = {"--kv-type", "f32", NULL};
+    char name[200];
+    worst w = {0, 0, 0, 0, 0};
+    score s = {0};
+    snprintf(name, sizeof name, "logprobs of %s", e->model);
+    if (!wanted(name)) return;
+    if (strcmp(e->tier, "shared") == 0 && !T.shared) {
+        skip(name, "LORCH_SHARED is unset");
+        return;
+    }
+    const char *model = find_model(e->model, e->tier, e->make);
+    const char *wrong = model ? run_score(model, e->ids, N_IDS, f32_cache, &s) : "no such model";
+    if (!wrong) {
+        compare_tops(e, &s, &w);
+        wrong = compare_logprobs(e, &s, &w);
+    }
+    if (wrong) report(0, name, "%s", wrong);
+    else
+        report(w.error <= e->tolerance, name,
+               "largest error %.5f of %.3f, position %d, id %d: expected %.4f, got %.4f", w.error,
+               e->tolerance, w.position, w.id, w.expected, w.got);
+    score_free(&s);
+}
+
+/* Reads a file of lines and gives each to a function. */
+static void each_line(const char *path, void (*use)(const char *line, void *), void *context) {
+    char *text = read_whole(path, NULL), *next = text;
+    if (!text) {
+        report(0, path, "cannot be read");
+        return;
+    }
+    while (next && *next) {
+        char *line = next, *end = strchr(next, '\n');
+        if (end) *end = 0;
+        next = end ? end + 1 : NULL;
+        use(line, context);
+    }
+    free(text);
+}
+
+static void use_logprobs_line(const char *line, void *context) {
+    static expected e;
+    (void)context;
+    if (read_expected(line, &e)) report(0, "logprobs", "bad line: %.60s", line);
+    else test_logprobs(&e);
+}
+
+/* ==== The same numbers whatever the threads and chunks ======================================= */
+
+/* The hash covers the bits of all logits, so equal hashes are equal numbers. */
+static void test_hashes(void) {
+    static const char *const ways[][5] = {
+        {"-t", "1", NULL}, {"-t", "3", NULL}, {"--chunk", "7", NULL}, {"--chunk", "1", NULL}};
+    static const char *const makes[] = {"llama f32", "qwen3 q8_0", "qwen2 q4_0 hd=24", "llama q4_k",
+                                        "qwen3 q5_k", "llama q6_k", "llama bf16", "llama f16"};
+    for (size_t m = 0; m < sizeof makes / sizeof *makes; m++) {
+        char name[200], first[80] = "";
+        const char *model, *wrong = NULL;
+        int ids[N_IDS];
+        snprintf(name, sizeof name, "logits of %s do not depend on threads and chunks", makes[m]);
+        if (!wanted(name)) continue;
+        for (int i = 0; i < N_IDS; i++) ids[i] = 3 + i * 7919 % 388;
+        model = find_model("", "project", makes[m]);
+        if (!model) wrong = "no such model";
+        for (size_t w = 0; w < sizeof ways / sizeof *ways && !wrong; w++) {
+            score s;
+            wrong = run_score(model, ids, N_IDS, ways[w], &s);
+            if (!wrong && !*first) snprintf(first, sizeof first, "%s", s.hash);
+            if (!wrong && strcmp(first, s.hash) != 0) wrong = ways[w][0];
+            score_free(&s);
+        }
+        report(!wrong, name, "%s", wrong ? wrong : first);
+    }
+}
+
+/* ==== Greedy text ============================================================================ */
+
+typedef struct {
+    char model[128], prompt[2000], stop[32];
+    int ids[2][MAX_IDS], n[2]; /* of the prompt, then of the answer */
+} greedy;
+
+enum { PROMPT, ANSWER };
+
+typedef struct {
+    const char *tier, *only; /* only: models whose names hold this */
+} greedy_file;
+
+static int read_greedy(const char *line, greedy *g) {
+    json_string(json_find(line, "model"), g->model, sizeof g->model);
+    json_string(json_find(line, "prompt"), g->prompt, sizeof g->prompt);
+    json_string(json_find(line, "stop"), g->stop, sizeof g->stop);
+    g->n[PROMPT] = json_ints(json_find(line, "prompt_ids"), g->ids[PROMPT], MAX_IDS);
+    g->n[ANSWER] = json_ints(json_find(line, "greedy_ids"), g->ids[ANSWER], MAX_IDS);
+    return g->n[PROMPT] < 1 || g->n[ANSWER] < 1 ? -1 : 0;
+}
+
+/* Is the difference at answer position k a near tie?  A text that should have ended there, or
+ * did end there, has an end-of-text token as its candidate: lorch-tiny's are 1021 and 1023. */
+static const char *judge_difference(const char *model, const greedy *want, const greedy *got,
+                                    int k) {
+    static char text[300];
+    static int ids[2 * MAX_IDS];
+    static const int ends[] = {1021, 1023};
+    score s;
+    int n = want->n[PROMPT], candidates[2][2], count[2];
+    memcpy(ids, want->ids[PROMPT], (size_t)n * sizeof *ids);
+    memcpy(ids + n, want->ids[ANSWER], (size_t)k * sizeof *ids);
+    const greedy *side[2] = {want, got};
+    for (int i = 0; i < 2; i++) {
+        count[i] = k < side[i]->n[ANSWER] ? 1 : 2;
+        if (count[i] == 1) candidates[i][0] = side[i]->ids[ANSWER][k];
+        else memcpy(candidates[i], ends, sizeof ends);
+    }
+    const char *wrong = run_score(model, ids, n + k, NULL, &s);
+    double best[2] = {-INFINITY, -INFINITY};
+    for (int i = 0; i < 2 && !wrong; i++)
+        for (int c = 0; c < count[i]; c++) {
+            const score_line *last = &s.at[n + k - 1];
+            const top_entry *t = find_id(last->top, last->n_top, candidates[i][c]);
+            if (t && t->logprob > best[i]) best[i] = t->logprob;
+        }
+    score_free(&s);
+    if (wrong) return wrong;
+    if (fabs(best[0] - best[1]) < NEAR_TIE) return NULL;
+    snprintf(text, sizeof text, "token %d: expected %d (logprob %.3f), got %d (%.3f)", k,
+             candidates[0][0], best[0], candidates[1][0], best[1]);
+    return text;
+}
+
+static const char *compare_greedy(const char *model, const greedy *want, greedy *got, int quantised,
+                                  char *out) {
+    const char *stop = *want->stop && strcmp(want->stop, "eos") == 0 ? "EOS" : "MAX_TOKENS";
+    int k = 0;
+    got->n[PROMPT] = json_ints(json_find(out, "prompt_ids"), got->ids[PROMPT], MAX_IDS);
+    got->n[ANSWER] = json_ints(json_find(out, "ids"), got->ids[ANSWER], MAX_IDS);
+    json_string(json_find(out, "stop_reason"), got->stop, sizeof got->stop);
+    if (got->n[PROMPT] < 0 || got->n[ANSWER] < 0) return "prompt_ids or ids are missing";
+    if (got->n[PROMPT] != want->n[PROMPT] ||
+        memcmp(got->ids[PROMPT], want->ids[PROMPT], (size_t)want->n[PROMPT] * sizeof(int)) != 0)
+        return "the prompt's ids differ";
+    while (k < want->n[ANSWER] && k < got->n[ANSWER] &&
+           want->ids[ANSWER][k] == got->ids[ANSWER][k])
+        k++;
+    if (k == want->n[ANSWER] && k == got->n[ANSWER])
+        return strcmp(got->stop, stop) == 0 ? NULL : "stop_reason is wrong";
+    if (!quantised) {
+        static char text[100];
+        snprintf(text, sizeof text, "ids differ from token %d", k);
+        return text;
+    }
+    return judge_difference(model, want, got, k);
+}
+
+static void test_greedy(const greedy *want, const char *tier) {
+    static greedy got;
+    char name[200], count[16];
+    const char *why = NULL;
+    int quantised = strstr(want->model, "-q") != NULL;
+    snprintf(name, sizeof name, "greedy text of %s: %.40s", want->model, want->prompt);
+    for (char *c = name; *c; c++)
+        if (*c == '\n' || *c == '#') *c = ' ';
+    if (!wanted(name)) return;
+    const char *model = find_model(want->model, tier, "");
+    if (!model) {
+        report(0, name, "no such model");
+        return;
+    }
+    /* Where the expected text ended by itself, 96 tokens were asked for. */
+    snprintf(count, sizeof count, "%d", *want->stop ? 96 : want->n[ANSWER]);
+    const char *special = strstr(want->prompt, "<|") ? "--special" : NULL;
+    const char *args[] = {"generate", model,           "-p", want->prompt, "-n",    count,
+                          "--json",   "--temperature", "0",  special,      NULL};
+    run_result r = run_input("", 0, args);
+    why = run_failure(&r);
+    if (!why) why = compare_greedy(model, want, &got, quantised, r.out);
+    report(!why, name, "%s", why ? why : "");
+    run_free(&r);
+}
+
+static void use_greedy_line(const char *line, void *context) {
+    static greedy g;
+    greedy_file *file = context;
+    if (read_greedy(line, &g)) report(0, "greedy text", "bad line: %.60s", line);
+    else if (!*file->only || strstr(g.model, file->only)) test_greedy(&g, file->tier);
+}
+
+/* ==== main =================================================================================== */
+
+int main(int argc, char **argv) {
+    greedy_file project = {"project", ""}, tiny = {"shared", "-bf16"}, shared = {"shared", ""};
+    char path[600];
+    begin(argc, argv);
+    each_line("tests/expected/logprobs.jsonl", use_logprobs_line, NULL);
+    test_hashes();
+    each_line("tests/expected/greedy.jsonl", use_greedy_line, &project);
+    if (!T.shared) {
+        skip("greedy text of the shared models", "LORCH_SHARED is unset");
+        return finish();
+    }
+    snprintf(path, sizeof path, "%s/models/expected.jsonl", T.shared);
+    each_line(path, use_greedy_line, &tiny);
+    snprintf(path, sizeof path, "%s/testdata/models/greedy.jsonl", T.shared);
+    each_line(path, use_greedy_line, &shared);
+    return finish();
+}
