@@ -95,8 +95,12 @@
 #elif defined __clang__
 #pragma STDC FP_CONTRACT OFF
 #endif
-#if defined __OPTIMIZE__ && !defined LORCH_OPTIMISED
+#if !defined LORCH_OPTIMISED
+#ifdef __OPTIMIZE__
 #define LORCH_OPTIMISED 1
+#else
+#define LORCH_OPTIMISED 0
+#endif
 #endif
 
 #if defined __FAST_MATH__
@@ -162,14 +166,11 @@ static void sys_timestamp(char out[32], int with_ms) {
     else snprintf(out + n, 32 - n, "Z");
 }
 
-/* Random bytes for ids and seeds; the clock helps out where /dev/urandom is missing. */
+/* Random bytes for ids and seeds; the clock helps out where the system gives none. */
 static uint64_t sys_random(void) {
     uint64_t r = 0;
-    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd >= 0 ? read(fd, &r, sizeof r) : -1;
-    if (fd >= 0) close(fd);
-    if (n == (ssize_t)sizeof r) return r;
     struct timespec t;
+    if (getentropy(&r, sizeof r) == 0) return r;
     clock_gettime(CLOCK_REALTIME, &t);
     return ((uint64_t)t.tv_nsec << 32 ^ (uint64_t)t.tv_sec ^ (uint64_t)getpid() << 20) * 0x9E3779B97F4A7C15u;
 }
@@ -928,22 +929,35 @@ static struct {
     int json;   /* 0: text for a terminal */
     int quiet;  /* subcommands and embedders: no log at all */
     char worker_id[128];
-    uint64_t dropped; /* lines that a full pipe did not take */
-} log_state = {PTHREAD_MUTEX_INITIALIZER, LOG_INFO, 1, 1, "", 0};
+    uint64_t dropped, told; /* lines that a full pipe did not take; how many of them a later line has told of */
+} log_state = {PTHREAD_MUTEX_INITIALIZER, LOG_INFO, 1, 1, "", 0, 0};
+
+static int log_put(const char *line, size_t len) { /* under lock; 0: stderr would block */
+    struct pollfd p = {STDERR_FILENO, POLLOUT, 0};
+    return poll(&p, 1, 0) == 1 && (p.revents & POLLOUT) && write(STDERR_FILENO, line, len) == (ssize_t)len;
+}
 
 /* Writes one line, or drops it when stderr would block: a pipe that polls as writable takes PIPE_BUF
- * bytes at once, and the lock keeps other writers away in between. */
-static void log_write(const char *line, size_t len) {
-    struct pollfd p = {STDERR_FILENO, POLLOUT, 0};
+ * bytes at once, and the lock keeps other writers away in between. The next line that gets through tells
+ * how many were lost before it. */
+static void log_write(const char *line, size_t len, const char *when) {
+    char note[512];
     pthread_mutex_lock(&log_state.lock);
-    if (poll(&p, 1, 0) != 1 || !(p.revents & POLLOUT) || write(STDERR_FILENO, line, len) != (ssize_t)len)
-        log_state.dropped++;
+    if (log_state.dropped != log_state.told) {
+        int n = snprintf(note, sizeof note,
+                         log_state.json ? "{\"timestamp\":\"%s\",\"level\":\"WARN\",\"component\":\"lorch\",\"worker_id\":\"%s\",\"event\":\"error\","
+                                          "\"message\":\"stderr was full: log lines were dropped\",\"dropped\":%llu}\n"
+                                        : "%s WARN %s: stderr was full: %llu log lines were dropped\n",
+                         when, log_state.worker_id, (unsigned long long)(log_state.dropped - log_state.told));
+        if (n > 0 && n < (int)sizeof note && log_put(note, (size_t)n)) log_state.told = log_state.dropped;
+    }
+    if (log_state.dropped != log_state.told || !log_put(line, len)) log_state.dropped++;
     pthread_mutex_unlock(&log_state.lock);
 }
 
 /* Logs `event` with more members in `fields`: JSON members without braces, "\"a\":1,\"b\":2", or "".
  * Never pass prompts, output or tokens. Any thread. */
-static void log_event(enum log_level level, const char *event, const char *correlation, const char *job_id, const char *fields) {
+static void log_event(enum log_level level, const char *event, const char *correlation, str job_id, const char *fields) {
     if (log_state.quiet || level > log_state.level) return;
     char when[32];
     buf b = {0};
@@ -955,21 +969,21 @@ static void log_event(enum log_level level, const char *event, const char *corre
         json_kv_cstr(&b, "component", "lorch");
         json_kv_cstr(&b, "worker_id", log_state.worker_id);
         if (correlation && *correlation) json_kv_cstr(&b, "correlation_id", correlation);
-        if (job_id && *job_id) json_kv_cstr(&b, "job_id", job_id);
+        if (job_id.len) json_kv_str(&b, "job_id", job_id);
         json_kv_cstr(&b, "event", event);
         if (*fields) buf_printf(&b, ",%s", fields);
         buf_puts(&b, "}\n");
     } else {
         buf_printf(&b, "%.8s %-5s %s %s", when + 11, log_level_names[level], event, fields);
-        if (job_id && *job_id) json_kv_cstr(&b, "job_id", job_id);
+        if (job_id.len) json_kv_str(&b, "job_id", job_id);
         buf_putc(&b, '\n');
     }
-    if (!b.failed && b.len <= MAX_LOG_LINE) log_write(b.ptr, b.len);
+    if (!b.failed && b.len <= MAX_LOG_LINE) log_write(b.ptr, b.len, when);
     else if (!b.failed) { /* cannot be written atomically: keep what identifies it */
         buf_free(&b);
         buf_printf(&b, "{\"timestamp\":\"%s\",\"level\":\"%s\",\"component\":\"lorch\",\"event\":\"%s\",\"truncated\":true}\n",
                    when, log_level_names[level], event);
-        if (!b.failed) log_write(b.ptr, b.len);
+        if (!b.failed) log_write(b.ptr, b.len, when);
     }
     buf_free(&b);
 }
@@ -981,7 +995,7 @@ __attribute__((format(printf, 3, 4))) static void log_note(enum log_level level,
     va_start(ap, fmt);
     buf_vprintf(&b, fmt, ap);
     va_end(ap);
-    log_event(level, event, NULL, NULL, buf_cstr(&b));
+    log_event(level, event, NULL, str_of(""), buf_cstr(&b));
     buf_free(&b);
 }
 
@@ -1085,24 +1099,37 @@ static void num_sincos(double x, double *sine, double *cosine) {
     *cosine = quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s;
 }
 
-/* ---- blocks as they lie in the file; d and dmin are half floats ---- */
+/* ---- blocks as they lie in the file; d, dmin and m are half floats ---- */
 
 typedef struct { uint16_t d; uint8_t q[16]; } quant_q4_0;  /* 32 weights (q - 8) * d; low nibbles come first */
+typedef struct { uint16_t d, m; uint8_t q[16]; } quant_q4_1;             /* 32: d*q + m */
+typedef struct { uint16_t d; uint8_t high[4], q[16]; } quant_q5_0;       /* 32: d*(q - 16), the fifth bits in high */
+typedef struct { uint16_t d, m; uint8_t high[4], q[16]; } quant_q5_1;    /* 32: d*q + m */
 typedef struct { uint16_t d; int8_t q[32]; } quant_q8_0;   /* 32 weights q * d */
+typedef struct { uint8_t e, q[16]; } quant_mxfp4;          /* 32: 2^(e - 128) * quant_fp4[q] (OCP Microscaling, 2023) */
+typedef struct { uint8_t scales[16], q[64]; uint16_t d, dmin; } quant_q2_k;            /* 256: d*s*q - dmin*m */
+typedef struct { uint8_t high[32], q[64], scales[12]; uint16_t d; } quant_q3_k;        /* 256: d*s*(q - 4) */
 typedef struct { uint16_t d, dmin; uint8_t scales[12], q[128]; } quant_q4_k;           /* 256: d*s*q - dmin*m */
 typedef struct { uint16_t d, dmin; uint8_t scales[12], high[32], q[128]; } quant_q5_k; /* the same, a fifth bit in high */
 typedef struct { uint8_t low[128], high[64]; int8_t scales[16]; uint16_t d; } quant_q6_k; /* 256: d*s*(q - 32) */
+typedef struct { uint16_t d, scales_high; uint8_t scales_low[4], q[128]; } quant_iq4_xs;  /* 256: d*s*quant_curve[q] */
 
 /* Sizes must be those of the file: a wrong one makes the array's size negative. */
-typedef char quant_sizes_are_right[sizeof(quant_q4_0) == 18 && sizeof(quant_q8_0) == 34 && sizeof(quant_q4_k) == 144 &&
-                                           sizeof(quant_q5_k) == 176 && sizeof(quant_q6_k) == 210 ? 1 : -1];
+typedef char quant_sizes_are_right[sizeof(quant_q4_0) == 18 && sizeof(quant_q4_1) == 20 && sizeof(quant_q5_0) == 22 &&
+                                           sizeof(quant_q5_1) == 24 && sizeof(quant_q8_0) == 34 && sizeof(quant_mxfp4) == 17 &&
+                                           sizeof(quant_q2_k) == 84 && sizeof(quant_q3_k) == 110 && sizeof(quant_q4_k) == 144 &&
+                                           sizeof(quant_q5_k) == 176 && sizeof(quant_q6_k) == 210 && sizeof(quant_iq4_xs) == 136 ? 1 : -1];
+
+/* What the codes of IQ4_NL and IQ4_XS, and of MXFP4, stand for. */
+static const int8_t quant_curve[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static const int8_t quant_fp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}; /* twice the value */
 
 /* What a product needs to know of a format. Activations are quantised to int8 with one scale for 32
  * (BLOCKS) or 256 (SUPERBLOCKS) values, to match the weights' blocks; or stay floats. */
 enum quant_kind { QUANT_NONE, QUANT_FLOATS, QUANT_BLOCKS, QUANT_SUPERBLOCKS };
 
-/* One block, unpacked. FLOATS: f[0..1). BLOCKS: weight i is d * q[i], 32 of them. SUPERBLOCKS: weight i is
- * d * scale[i/16] * q[i] - dmin * min[i/16], 256 of them. */
+/* One block, unpacked. BLOCKS: weight i is d * q[i], or d * q[i] - dmin if the format has mins, 32 of them.
+ * SUPERBLOCKS: weight i is d * scale[i/16] * q[i] - dmin * min[i/16], 256 of them. */
 typedef struct {
     int8_t q[256];
     int8_t scale[16];
@@ -1115,6 +1142,7 @@ typedef struct {
     uint16_t block;      /* weights in a block */
     uint16_t bytes;      /* of a block in the file */
     enum quant_kind kind; /* QUANT_NONE: known by name only */
+    int mins;            /* has a minimum beside the scale */
     void (*unpack)(const void *block, quant_block *out);
 } quant_format;
 
@@ -1124,10 +1152,84 @@ LORCH_INLINE void quant_unpack_q4_0(const void *block, quant_block *out) {
     out->d = num_from_f16(b->d);
 }
 
+LORCH_INLINE void quant_unpack_q4_1(const void *block, quant_block *out) {
+    const quant_q4_1 *b = block;
+    for (int i = 0; i < 16; i++) out->q[i] = (int8_t)(b->q[i] & 15), out->q[i + 16] = (int8_t)(b->q[i] >> 4);
+    out->d = num_from_f16(b->d), out->dmin = -num_from_f16(b->m);
+}
+
+/* Bit i of `high` is the fifth bit of weight i. */
+LORCH_INLINE void quant_unpack_fifth(const uint8_t *low, const uint8_t *high, int offset, int8_t *q) {
+    uint32_t h;
+    memcpy(&h, high, 4);
+    for (int i = 0; i < 16; i++) {
+        q[i] = (int8_t)(((low[i] & 15) | (h >> i & 1) << 4) - (uint32_t)offset);
+        q[i + 16] = (int8_t)((low[i] >> 4 | (h >> (i + 16) & 1) << 4) - (uint32_t)offset);
+    }
+}
+
+LORCH_INLINE void quant_unpack_q5_0(const void *block, quant_block *out) {
+    const quant_q5_0 *b = block;
+    quant_unpack_fifth(b->q, b->high, 16, out->q);
+    out->d = num_from_f16(b->d);
+}
+
+LORCH_INLINE void quant_unpack_q5_1(const void *block, quant_block *out) {
+    const quant_q5_1 *b = block;
+    quant_unpack_fifth(b->q, b->high, 0, out->q);
+    out->d = num_from_f16(b->d), out->dmin = -num_from_f16(b->m);
+}
+
+LORCH_INLINE void quant_unpack_iq4_nl(const void *block, quant_block *out) {
+    const quant_q4_0 *b = block; /* the same layout */
+    for (int i = 0; i < 16; i++) out->q[i] = quant_curve[b->q[i] & 15], out->q[i + 16] = quant_curve[b->q[i] >> 4];
+    out->d = num_from_f16(b->d);
+}
+
+LORCH_INLINE void quant_unpack_mxfp4(const void *block, quant_block *out) {
+    const quant_mxfp4 *b = block;
+    for (int i = 0; i < 16; i++) out->q[i] = quant_fp4[b->q[i] & 15], out->q[i + 16] = quant_fp4[b->q[i] >> 4];
+    out->d = num_float(b->e < 2 ? 0x200000u << b->e : (uint32_t)(b->e - 1) << 23); /* denormal below 2^-126 */
+}
+
 LORCH_INLINE void quant_unpack_q8_0(const void *block, quant_block *out) {
     const quant_q8_0 *b = block;
     memcpy(out->q, b->q, 32);
     out->d = num_from_f16(b->d);
+}
+
+LORCH_INLINE void quant_unpack_q2_k(const void *block, quant_block *out) {
+    const quant_q2_k *b = block;
+    for (int c = 0; c < 8; c++) /* 32 weights: two bits of each of 32 bytes */
+        for (int i = 0; i < 32; i++) out->q[32 * c + i] = (int8_t)(b->q[c / 4 * 32 + i] >> 2 * (c % 4) & 3);
+    for (int j = 0; j < 16; j++) out->scale[j] = (int8_t)(b->scales[j] & 15), out->min[j] = b->scales[j] >> 4;
+    out->d = num_from_f16(b->d), out->dmin = num_from_f16(b->dmin);
+}
+
+/* The sixteen 6-bit scales: low nibbles in bytes 0-7, first the lower ones; two more bits in bytes 8-11. */
+LORCH_INLINE void quant_unpack_q3_k(const void *block, quant_block *out) {
+    const quant_q3_k *b = block;
+    for (int c = 0; c < 8; c++)
+        for (int i = 0; i < 32; i++)
+            out->q[32 * c + i] = (int8_t)((b->q[c / 4 * 32 + i] >> 2 * (c % 4) & 3) + (b->high[i] >> c & 1) * 4 - 4);
+    for (int j = 0; j < 16; j++)
+        out->scale[j] = (int8_t)(((b->scales[j % 8] >> j / 8 * 4 & 15) | (b->scales[8 + j % 4] >> j / 4 * 2 & 3) << 4) - 32);
+    memset(out->min, 0, 16);
+    out->d = num_from_f16(b->d), out->dmin = 0;
+}
+
+LORCH_INLINE void quant_unpack_iq4_xs(const void *block, quant_block *out) {
+    const quant_iq4_xs *b = block;
+    for (int c = 0; c < 8; c++) {
+        int scale = (b->scales_low[c / 2] >> c % 2 * 4 & 15) | (b->scales_high >> 2 * c & 3) << 4;
+        for (int i = 0; i < 16; i++) {
+            out->q[32 * c + i] = quant_curve[b->q[16 * c + i] & 15];
+            out->q[32 * c + 16 + i] = quant_curve[b->q[16 * c + i] >> 4];
+        }
+        out->scale[2 * c] = out->scale[2 * c + 1] = (int8_t)(scale - 32);
+    }
+    memset(out->min, 0, 16);
+    out->d = num_from_f16(b->d), out->dmin = 0;
 }
 
 /* Eight pairs of 6-bit scale and min in 12 bytes: the low six bits of bytes 0-3 and 4-7 are the first
@@ -1180,29 +1282,37 @@ LORCH_INLINE void quant_unpack_q6_k(const void *block, quant_block *out) {
 }
 
 /* By ggml's type number. Rows without a kind are known only to be refused by name and checked for size. */
-enum quant_type { QUANT_F32 = 0, QUANT_F16 = 1, QUANT_BF16 = 30, QUANT_TYPES = 41 };
+enum quant_type {
+    QUANT_F32 = 0, QUANT_F16 = 1, QUANT_Q4_0 = 2, QUANT_Q4_1 = 3, QUANT_Q5_0 = 6, QUANT_Q5_1 = 7, QUANT_Q8_0 = 8,
+    QUANT_Q2_K = 10, QUANT_Q3_K = 11, QUANT_Q4_K = 12, QUANT_Q5_K = 13, QUANT_Q6_K = 14, QUANT_IQ4_NL = 20,
+    QUANT_IQ4_XS = 23, QUANT_BF16 = 30, QUANT_MXFP4 = 39, QUANT_TYPES = 41
+};
 static const quant_format quant_formats[QUANT_TYPES] = {
-    [QUANT_F32] = {"F32", 1, 4, QUANT_FLOATS, NULL},
-    [QUANT_F16] = {"F16", 1, 2, QUANT_FLOATS, NULL},
-    [QUANT_BF16] = {"BF16", 1, 2, QUANT_FLOATS, NULL},
-    [2] = {"Q4_0", 32, sizeof(quant_q4_0), QUANT_BLOCKS, quant_unpack_q4_0},
-    [8] = {"Q8_0", 32, sizeof(quant_q8_0), QUANT_BLOCKS, quant_unpack_q8_0},
-    [12] = {"Q4_K", 256, sizeof(quant_q4_k), QUANT_SUPERBLOCKS, quant_unpack_q4_k},
-    [13] = {"Q5_K", 256, sizeof(quant_q5_k), QUANT_SUPERBLOCKS, quant_unpack_q5_k},
-    [14] = {"Q6_K", 256, sizeof(quant_q6_k), QUANT_SUPERBLOCKS, quant_unpack_q6_k},
-    [3] = {"Q4_1", 32, 20, QUANT_NONE, NULL}, [6] = {"Q5_0", 32, 22, QUANT_NONE, NULL},
-    [7] = {"Q5_1", 32, 24, QUANT_NONE, NULL}, [9] = {"Q8_1", 32, 36, QUANT_NONE, NULL},
-    [10] = {"Q2_K", 256, 84, QUANT_NONE, NULL}, [11] = {"Q3_K", 256, 110, QUANT_NONE, NULL},
-    [15] = {"Q8_K", 256, 292, QUANT_NONE, NULL}, [16] = {"IQ2_XXS", 256, 66, QUANT_NONE, NULL},
-    [17] = {"IQ2_XS", 256, 74, QUANT_NONE, NULL}, [18] = {"IQ3_XXS", 256, 98, QUANT_NONE, NULL},
-    [19] = {"IQ1_S", 256, 50, QUANT_NONE, NULL}, [20] = {"IQ4_NL", 32, 18, QUANT_NONE, NULL},
-    [21] = {"IQ3_S", 256, 110, QUANT_NONE, NULL}, [22] = {"IQ2_S", 256, 82, QUANT_NONE, NULL},
-    [23] = {"IQ4_XS", 256, 136, QUANT_NONE, NULL}, [24] = {"I8", 1, 1, QUANT_NONE, NULL},
-    [25] = {"I16", 1, 2, QUANT_NONE, NULL}, [26] = {"I32", 1, 4, QUANT_NONE, NULL},
-    [27] = {"I64", 1, 8, QUANT_NONE, NULL}, [28] = {"F64", 1, 8, QUANT_NONE, NULL},
-    [29] = {"IQ1_M", 256, 56, QUANT_NONE, NULL}, [34] = {"TQ1_0", 256, 54, QUANT_NONE, NULL},
-    [35] = {"TQ2_0", 256, 66, QUANT_NONE, NULL}, [39] = {"MXFP4", 32, 17, QUANT_NONE, NULL},
-    [40] = {"NVFP4", 64, 36, QUANT_NONE, NULL},
+    [QUANT_F32] = {"F32", 1, 4, QUANT_FLOATS, 0, NULL},
+    [QUANT_F16] = {"F16", 1, 2, QUANT_FLOATS, 0, NULL},
+    [QUANT_BF16] = {"BF16", 1, 2, QUANT_FLOATS, 0, NULL},
+    [QUANT_Q4_0] = {"Q4_0", 32, sizeof(quant_q4_0), QUANT_BLOCKS, 0, quant_unpack_q4_0},
+    [QUANT_Q4_1] = {"Q4_1", 32, sizeof(quant_q4_1), QUANT_BLOCKS, 1, quant_unpack_q4_1},
+    [QUANT_Q5_0] = {"Q5_0", 32, sizeof(quant_q5_0), QUANT_BLOCKS, 0, quant_unpack_q5_0},
+    [QUANT_Q5_1] = {"Q5_1", 32, sizeof(quant_q5_1), QUANT_BLOCKS, 1, quant_unpack_q5_1},
+    [QUANT_Q8_0] = {"Q8_0", 32, sizeof(quant_q8_0), QUANT_BLOCKS, 0, quant_unpack_q8_0},
+    [QUANT_IQ4_NL] = {"IQ4_NL", 32, sizeof(quant_q4_0), QUANT_BLOCKS, 0, quant_unpack_iq4_nl},
+    [QUANT_MXFP4] = {"MXFP4", 32, sizeof(quant_mxfp4), QUANT_BLOCKS, 0, quant_unpack_mxfp4},
+    [QUANT_Q2_K] = {"Q2_K", 256, sizeof(quant_q2_k), QUANT_SUPERBLOCKS, 1, quant_unpack_q2_k},
+    [QUANT_Q3_K] = {"Q3_K", 256, sizeof(quant_q3_k), QUANT_SUPERBLOCKS, 0, quant_unpack_q3_k},
+    [QUANT_Q4_K] = {"Q4_K", 256, sizeof(quant_q4_k), QUANT_SUPERBLOCKS, 1, quant_unpack_q4_k},
+    [QUANT_Q5_K] = {"Q5_K", 256, sizeof(quant_q5_k), QUANT_SUPERBLOCKS, 1, quant_unpack_q5_k},
+    [QUANT_Q6_K] = {"Q6_K", 256, sizeof(quant_q6_k), QUANT_SUPERBLOCKS, 0, quant_unpack_q6_k},
+    [QUANT_IQ4_XS] = {"IQ4_XS", 256, sizeof(quant_iq4_xs), QUANT_SUPERBLOCKS, 0, quant_unpack_iq4_xs},
+    [9] = {"Q8_1", 32, 36, QUANT_NONE, 0, NULL}, [15] = {"Q8_K", 256, 292, QUANT_NONE, 0, NULL},
+    [16] = {"IQ2_XXS", 256, 66, QUANT_NONE, 0, NULL}, [17] = {"IQ2_XS", 256, 74, QUANT_NONE, 0, NULL},
+    [18] = {"IQ3_XXS", 256, 98, QUANT_NONE, 0, NULL}, [19] = {"IQ1_S", 256, 50, QUANT_NONE, 0, NULL},
+    [21] = {"IQ3_S", 256, 110, QUANT_NONE, 0, NULL}, [22] = {"IQ2_S", 256, 82, QUANT_NONE, 0, NULL},
+    [24] = {"I8", 1, 1, QUANT_NONE, 0, NULL}, [25] = {"I16", 1, 2, QUANT_NONE, 0, NULL},
+    [26] = {"I32", 1, 4, QUANT_NONE, 0, NULL}, [27] = {"I64", 1, 8, QUANT_NONE, 0, NULL},
+    [28] = {"F64", 1, 8, QUANT_NONE, 0, NULL}, [29] = {"IQ1_M", 256, 56, QUANT_NONE, 0, NULL},
+    [34] = {"TQ1_0", 256, 54, QUANT_NONE, 0, NULL}, [35] = {"TQ2_0", 256, 66, QUANT_NONE, 0, NULL},
+    [40] = {"NVFP4", 64, 36, QUANT_NONE, 0, NULL},
 };
 
 static const quant_format *quant_find(uint32_t type) { /* NULL for a number that names no format */
@@ -1238,7 +1348,7 @@ static void quant_dequantise(const quant_format *f, const void *row, float *out,
     for (int64_t i = 0; i < n; i += f->block) {
         f->unpack((const char *)row + quant_row_bytes(f, i), &b);
         if (f->kind == QUANT_BLOCKS)
-            for (int j = 0; j < 32; j++) out[i + j] = b.d * b.q[j];
+            for (int j = 0; j < 32; j++) out[i + j] = f->mins ? b.d * b.q[j] - b.dmin : b.d * b.q[j];
         else
             for (int j = 0; j < 256; j++) out[i + j] = b.d * b.scale[j / 16] * b.q[j] - b.dmin * b.min[j / 16];
     }
@@ -1276,8 +1386,8 @@ static float quant_dot(const quant_format *f, const void *row, const float *x, i
         f->unpack((const char *)row + quant_row_bytes(f, i), &b);
         quant_activations(x + i, f->block, q, &d);
         if (f->kind == QUANT_BLOCKS) {
-            for (int j = 0; j < 32; j++) dot += b.q[j] * q[j];
-            acc = num_fma((float)dot, b.d * d, acc);
+            for (int j = 0; j < 32; j++) dot += b.q[j] * q[j], mins += q[j];
+            acc = f->mins ? num_fma(d, num_fma(-b.dmin, (float)mins, b.d * (float)dot), acc) : num_fma((float)dot, b.d * d, acc);
         } else {
             for (int j = 0; j < 256; j++) dot += b.scale[j / 16] * b.q[j] * q[j], mins += b.min[j / 16] * q[j];
             acc = num_fma(d, num_fma(-b.dmin, (float)mins, b.d * (float)dot), acc);
@@ -1464,12 +1574,6 @@ static const gguf_kv *gguf_get_array(const gguf_file *g, const char *key, enum g
     return kv && kv->is_array && kv->type == type ? kv : NULL;
 }
 
-static const gguf_tensor *gguf_find_tensor(const gguf_file *g, const char *name) {
-    for (uint64_t i = 0; i < g->n_tensors; i++)
-        if (str_is(g->tensor[i].name, name)) return &g->tensor[i];
-    return NULL;
-}
-
 /* The bytes of a tensor, or 0 after an error. Divides before it multiplies: nothing wraps. */
 static uint64_t gguf_tensor_bytes(gguf_file *g, const gguf_tensor *t, const char *shown) {
     const quant_format *f = quant_find(t->type);
@@ -1605,6 +1709,26 @@ static void gguf_close(gguf_file *g) {
     free(g);
 }
 
+/* Reads the file's pages into memory, in steps; between them fn is told the share that is done, and ends it
+ * by returning nonzero. Pages that are in the page cache already cost next to nothing. */
+static void gguf_read_ahead(const gguf_file *g, int (*fn)(void *user, double share), void *user) {
+    const uint64_t step = (uint64_t)32 << 20, page = (uint64_t)sysconf(_SC_PAGESIZE);
+    volatile unsigned char sink = 0;
+    for (uint64_t at = 0; at < g->size; at += step) {
+        uint64_t n = g->size - at < step ? g->size - at : step;
+        void *from = (void *)(uintptr_t)(g->map + at);
+#ifdef MADV_POPULATE_READ
+        if (madvise(from, (size_t)n, MADV_POPULATE_READ) != 0)
+#endif
+        {
+            madvise(from, (size_t)n, MADV_WILLNEED);
+            for (uint64_t i = 0; i < n; i += page) sink ^= g->map[at + i];
+        }
+        if (fn(user, (double)(at + n) / (double)g->size)) return;
+    }
+    (void)sink;
+}
+
 /* Maps and checks a file. Returns NULL with one line in err. */
 static gguf_file *gguf_open(const char *path, char *err, size_t err_cap) {
     struct stat st;
@@ -1635,26 +1759,43 @@ static gguf_file *gguf_open(const char *path, char *err, size_t err_cap) {
 }
 
 /* ==== Kernels ==============================================================================
- * The arithmetic of the model. Its loops are written once, in plain C, and compiled once for each
+ * The arithmetic of the model. It is written once, in plain C and vector types, and compiled once for each
  * instruction set: this file includes itself below with LORCH_LEVEL defined, and then only the part after
  * the #else that follows is seen, with FN() adding the level's name. The level is chosen at start. All
  * levels give the same bits: FMA() is fused everywhere (where the CPU cannot, num_fma emulates it), and
  * each output has one accumulator in index order, so vector lanes can only be different outputs. Sums over
- * a whole vector (RMSNorm, softmax) use 16 partial sums and a fixed tree. Nothing here allocates. */
+ * a whole vector (RMSNorm, softmax) use 16 partial sums and a fixed tree. Nothing here allocates.
+ *
+ * A product takes up to MAT_ROWS rows at a time. A slice of 256 columns is unpacked into tiles of LANES rows,
+ * side by side, 4 columns of a row in each lane; then all tokens of the batch pass over the tiles while
+ * they are in cache. One token alone meets the hot formats without a tile, in registers.
+ *
+ * To add a format: its unpacker and row in "Number formats", and a case in mat_slice. To add an instruction
+ * set: a stanza with its target, and the dozen primitives at the head of the included part. */
 
-enum { ATTN_TOKENS = 4 }; /* tokens of one sequence that share each KV block that attention loads */
+enum {
+    MAT_ROWS = 64,     /* most rows of one call of multiply: their tiles fill half of a level-1 cache */
+    MAT_SLICE = 128,   /* columns of float weights that are turned at a time */
+    ATTN_QUERIES = 32  /* queries (tokens x heads) that share each KV block that attention loads */
+};
+
+/* 256 activations of one token, quantised by 32 or by 256. Products of both kinds read the codes alike. */
+typedef struct {
+    int8_t q[256];
+    int32_t start[16]; /* minus the sum of each 32 (BLOCKS) or 16 (SUPERBLOCKS) codes, as the level's sums start from it */
+    union {
+        struct { float d[8], sum[8]; } block;
+        struct { int16_t sum16[16], sum32[8]; float d; } super;
+    } u;
+} mat_x;
 
 /* The activations of a batch in the forms that weights may want; those not needed are not filled in. */
 typedef struct {
     const float *x;  /* [n_tok][n] */
-    int16_t *q32;    /* [n_tok][n], quantised per 32 values; int8 values, widened for the multipliers */
-    float *d32;      /* [n_tok][n / 32] */
-    int16_t *q256;   /* [n_tok][n], quantised per 256 values */
-    float *d256;     /* [n_tok][n / 256] */
-    int16_t *sum;    /* [n_tok][n / 16], sums of q256 */
+    mat_x *blocks;   /* [ceil(n / 256)][n_tok], quantised per 32 values */
+    mat_x *super;    /* [n / 256][n_tok], quantised per 256 values */
     int64_t n;
     int n_tok;
-    unsigned ready;  /* bit per quant_kind */
 } mat_act;
 
 typedef struct { /* out[t][row] = weights[row] . act[t] */
@@ -1665,87 +1806,170 @@ typedef struct { /* out[t][row] = weights[row] . act[t] */
     int64_t n_rows;
 } mat_product;
 
+/* Bytes of scratch that multiply needs for a batch: 64 sums for each token, and the tiles. */
+static size_t mat_scratch(int n_tok) { return (size_t)n_tok * MAT_ROWS * sizeof(float) + 40960; }
+
 typedef struct {
     const float *q;                /* [n_tok][n_head * head_dim] */
     float *out;                    /* [n_tok][n_head * head_dim] */
     const int32_t *pos;            /* [n_tok] */
     const uint32_t *const *blocks; /* [n_tok] the KV block numbers of each token's sequence */
-    const int32_t *group;          /* [n_groups + 1] first token of each run of at most ATTN_TOKENS of one sequence */
+    const int32_t *group;          /* [n_groups + 1] first token of each run of at most ATTN_QUERIES / (n_head / n_head_kv) of one sequence */
     const char *layer;             /* this layer in block 0 of the pool */
     size_t block_bytes;            /* from one block to the next */
     size_t head_bytes;             /* from one KV head to the next: K as [head_dim][KV_BLOCK], then V as [KV_BLOCK][head_dim] */
     int is_f16, n_head, n_head_kv, head_dim;
     float scale;
-    float *scratch;                /* [threads][scratch_floats] */
-    size_t scratch_floats;
 } mat_attention;
 
-static size_t mat_attention_scratch(int n_head, int n_head_kv, int head_dim) { /* floats for one thread */
-    return (size_t)head_dim * KV_BLOCK * 2 + (size_t)ATTN_TOKENS * (size_t)(n_head / n_head_kv) * (size_t)(head_dim + 2);
+static int mat_attention_tokens(int n_head, int n_head_kv) { /* tokens in a group */
+    int heads = n_head / n_head_kv;
+    return heads < ATTN_QUERIES ? ATTN_QUERIES / heads : 1;
+}
+
+static size_t mat_attention_scratch(int n_head, int n_head_kv, int head_dim) { /* bytes for one thread */
+    size_t queries = (size_t)mat_attention_tokens(n_head, n_head_kv) * (size_t)(n_head / n_head_kv);
+    return sizeof(float) * ((size_t)head_dim * KV_BLOCK * 2 + queries * (size_t)(2 * head_dim + KV_BLOCK + 2)) + 64;
 }
 
 typedef struct {
     const char *name;
-    void (*multiply)(const mat_product *p, int64_t row);           /* ROW_TILE rows from row on */
+    void (*multiply)(const mat_product *p, int64_t row, int rows, void *scratch); /* at most MAT_ROWS rows, from row on */
     void (*quantise)(mat_act *a, unsigned kinds, int t);           /* token t, for the kinds in the bit set */
     void (*rms_norm)(float *out, const float *x, const float *w, int n, float eps);
     void (*rope)(float *x, const float *cos_sin, int n_rot, int pairs_apart);
     void (*store)(char *head, const float *k, const float *v, int at, int head_dim, int is_f16);
-    void (*attend)(const mat_attention *a, int group, int head_kv, float *scratch);
+    void (*attend)(const mat_attention *a, int group, int head_kv, void *scratch);
     void (*swiglu)(float *gate, const float *up, int64_t n);
     void (*add)(float *x, const float *y, int64_t n);
     void (*exp_shifted)(float *out, const float *x, int64_t n, float shift); /* exp(x - shift) */
+    double (*peak)(int64_t n);                                     /* runs n rounds of int8 dot products; returns the operations done */
+    uint64_t (*read)(const void *p, size_t n);                     /* reads n bytes, as fast as memory gives them */
 } mat_kernels;
 
 #define LORCH_PASTE2(a, b) a##_##b
 #define LORCH_PASTE(a, b) LORCH_PASTE2(a, b)
 #define FN(name) LORCH_PASTE(name, LORCH_LEVEL)
+#define LORCH_PRAGMA(x) _Pragma(#x)
+#ifdef __clang__
+#define LORCH_TARGET(t) LORCH_PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
+#define LORCH_TARGET_END _Pragma("clang attribute pop")
+#define LORCH_UNROLL
+#else
+#define LORCH_TARGET(t) _Pragma("GCC push_options") LORCH_PRAGMA(GCC target(t))
+#define LORCH_TARGET_END _Pragma("GCC pop_options")
+#define LORCH_UNROLL _Pragma("GCC unroll 8")
+#endif
+#if defined __x86_64__ || defined __i386__
+#include <immintrin.h>
+#elif defined __aarch64__
+#include <arm_neon.h>
+#endif
+
+/* How a level multiplies int8: with its own vector code, or by which instruction. */
+#define MAT_PLAIN 0
+#define MAT_MADD 1 /* vpmaddubsw: pairs of columns in int16 */
+#define MAT_VNNI 2 /* vpdpbusd */
+#define MAT_NEON 3
+#define MAT_SDOT 4
 
 #define LORCH_LEVEL scalar
-#ifdef __FP_FAST_FMAF
-#define FMA(a, b, c) __builtin_fmaf(a, b, c)
-#else
-#define FMA(a, b, c) num_fma(a, b, c)
-#endif
+#define LANES 4
+#define MAT_DOT MAT_PLAIN
 #include "lorch.c"
 #undef LORCH_LEVEL
-#undef FMA
 
 #if defined __x86_64__ || defined __i386__
 #define LORCH_LEVEL avx2
-#define FMA(a, b, c) __builtin_fmaf(a, b, c)
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#define LANES 8
+#define MAT_DOT MAT_MADD
+LORCH_TARGET("avx2,fma,f16c")
 #include "lorch.c"
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+LORCH_TARGET_END
 #undef LORCH_LEVEL
-#undef FMA
+
+#define LORCH_LEVEL avxvnni
+#define LANES 8
+#define MAT_DOT MAT_VNNI
+LORCH_TARGET("avx2,fma,f16c,avxvnni")
+#include "lorch.c"
+LORCH_TARGET_END
+#undef LORCH_LEVEL
 #endif
 
-/* The levels that this build has, slowest first. */
+#ifdef __x86_64__
+#ifdef __clang__
+#define LORCH_AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"
+#else
+#define LORCH_AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"
+#endif
+#define LORCH_LEVEL avx512
+#define LANES 16
+#define MAT_DOT MAT_MADD
+LORCH_TARGET(LORCH_AVX512)
+#include "lorch.c"
+LORCH_TARGET_END
+#undef LORCH_LEVEL
+
+#define LORCH_LEVEL avx512vnni
+#define LANES 16
+#define MAT_DOT MAT_VNNI
+LORCH_TARGET(LORCH_AVX512 ",avx512vnni")
+#include "lorch.c"
+LORCH_TARGET_END
+#undef LORCH_LEVEL
+#endif
+
+#ifdef __aarch64__
+#define LORCH_LEVEL neon
+#define LANES 4
+#define MAT_DOT MAT_NEON
+#include "lorch.c"
+#undef LORCH_LEVEL
+
+#define LORCH_LEVEL neondot
+#define LANES 4
+#define MAT_DOT MAT_SDOT
+LORCH_TARGET("arch=armv8.2-a+dotprod")
+#include "lorch.c"
+LORCH_TARGET_END
+#undef LORCH_LEVEL
+#endif
+
+/* The levels that this build has, slowest first, and whether this CPU and its system can run them. */
 static const mat_kernels *const mat_levels[] = {
     &mat_table_scalar,
 #if defined __x86_64__ || defined __i386__
-    &mat_table_avx2,
+    &mat_table_avx2, &mat_table_avxvnni,
+#endif
+#ifdef __x86_64__
+    &mat_table_avx512, &mat_table_avx512vnni,
+#endif
+#ifdef __aarch64__
+    &mat_table_neon, &mat_table_neondot,
 #endif
 };
 enum { MAT_LEVELS = sizeof mat_levels / sizeof *mat_levels };
 
-static int mat_level_runs(int level) { /* can this CPU (and its system) run it? */
 #if defined __x86_64__ || defined __i386__
-    __builtin_cpu_init();
-    if (level == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-    return level == 0;
+#include <cpuid.h>
+static int mat_level_runs(int level) {
+    unsigned a, b, c, d, e, f, low = 0, high, vnni256;
+    if (level == 0) return 1;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    if (c >> 27 & 1) __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0)); /* the registers that the system saves */
+    int fma = c >> 12 & c >> 28 & c >> 29 & 1;
+    if ((low & 6) != 6 || !fma || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 5 & 1)) return 0;
+    vnni256 = __get_cpuid_count(7, 1, &a, &d, &e, &f) ? a >> 4 & 1 : 0;
+    int wide = (low & 0xe6) == 0xe6 && (b >> 16 & b >> 17 & b >> 30 & b >> 31 & 1);
+    return level == 1 ? 1 : level == 2 ? (int)vnni256 : level == 3 ? wide : wide && (c >> 11 & 1);
 }
+#elif defined __aarch64__
+#include <sys/auxv.h>
+static int mat_level_runs(int level) { return level < 2 || (getauxval(AT_HWCAP) >> 20 & 1); } /* ASIMDDP */
+#else
+static int mat_level_runs(int level) { return level == 0; }
+#endif
 
 /* The best level that runs here, or the one that LORCH_SIMD names. NULL with a message if it cannot run. */
 static const mat_kernels *mat_choose(char *err, size_t cap) {
@@ -1764,119 +1988,953 @@ static const mat_kernels *mat_choose(char *err, size_t cap) {
     return mat_levels[best];
 }
 
-#else /* LORCH_LEVEL is defined: the loops, for one instruction set */
+/* ---- selftest: a level's kernels against quant_dot, and its vectors against the scalar level's, bit by bit ---- */
 
-/* ---- products: unpack a block of each of the 16 rows once, then meet every token with it ---- */
+typedef struct { uint64_t state; } mat_random;
 
-LORCH_INLINE int32_t FN(mat_dot)(const int16_t *a, const int16_t *b, int n) {
-    int32_t sum = 0;
-    for (int i = 0; i < n; i++) sum += (int32_t)a[i] * b[i];
+static uint32_t mat_draw(mat_random *r) { /* xorshift64 (Marsaglia, 2003) */
+    r->state ^= r->state << 13, r->state ^= r->state >> 7, r->state ^= r->state << 17;
+    return (uint32_t)(r->state >> 24);
+}
+
+static void mat_draw_floats(mat_random *r, float *x, size_t n) { /* of all magnitudes from 2^-8 to 2^3, and some zeros */
+    for (size_t i = 0; i < n; i++) x[i] = (float)((int)(mat_draw(r) % 4095) - 2047) / (float)(1 << mat_draw(r) % 12) * 0x1p-8f;
+}
+
+/* Random rows of a format: blocks of random bytes whose values are finite and not huge. */
+static void mat_draw_rows(mat_random *r, const quant_format *f, char *rows, size_t blocks) {
+    float value[256];
+    for (size_t i = 0; i < blocks; i++) {
+        int good = 0;
+        while (!good) {
+            for (int j = 0; j < f->bytes; j++) rows[i * f->bytes + j] = (char)mat_draw(r);
+            quant_dequantise(f, rows + i * f->bytes, value, f->block);
+            good = 1;
+            for (int j = 0; j < f->block; j++) good &= value[j] < 65536.0f && value[j] > -65536.0f;
+        }
+    }
+}
+
+/* Memory whose end is the end of a page that another follows that cannot be read: an overrun is a crash. */
+static char *mat_guarded(size_t bytes, void **map, size_t *mapped) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), room = (bytes + page - 1) / page * page;
+    *mapped = room + page;
+    *map = sys_pages(*mapped);
+    if (!*map || mprotect((char *)*map + room, page, PROT_NONE)) return NULL;
+    return (char *)*map + room - bytes;
+}
+
+/* One product of random weights, [rows] x [n] by n_tok tokens. Returns 0 with err set if a bit differs. */
+static int mat_selftest_product(const mat_kernels *k, const quant_format *f, int64_t n, int64_t rows, int n_tok, char *err, size_t cap) {
+    mat_random r = {(uint64_t)(n * 7919 + rows * 131 + n_tok) * 2654435761u + f->bytes};
+    size_t row_bytes = quant_row_bytes(f, n), superblocks = (size_t)(n + 255) / 256, mapped = 0, wrong = 0;
+    void *map = NULL, *scratch = sys_pages(mat_scratch(n_tok));
+    char *w = mat_guarded(row_bytes * (size_t)rows, &map, &mapped);
+    float *x = sys_zalloc((size_t)(n * n_tok), 4), *out = sys_zalloc((size_t)(rows * n_tok), 4);
+    mat_x *act = sys_pages(superblocks * (size_t)n_tok * sizeof *act);
+    mat_act a = {x, act, act, n, n_tok};
+    mat_product p = {f, w, &a, out, rows};
+    int ok = w && x && out && act && scratch;
+    if (!ok) sys_fail(err, cap, "out of memory");
+    else {
+        mat_draw_rows(&r, f, w, (size_t)(rows * n / f->block));
+        mat_draw_floats(&r, x, (size_t)(n * n_tok));
+        for (int t = 0; t < n_tok; t++) k->quantise(&a, 1u << f->kind, t);
+        for (int64_t row = 0; row < rows; row += MAT_ROWS) k->multiply(&p, row, rows - row < MAT_ROWS ? (int)(rows - row) : MAT_ROWS, scratch);
+        for (int64_t i = 0; i < rows * n_tok; i++)
+            wrong += num_bits(out[i]) != num_bits(quant_dot(f, w + (size_t)(i % rows) * row_bytes, x + i / rows * n, n));
+        if (wrong) sys_fail(err, cap, "%s, %s: %d of %d products of length %d differ from the naive loop (%d rows, %d tokens)", k->name, f->name,
+                            (int)wrong, (int)(rows * n_tok), (int)n, (int)rows, n_tok);
+    }
+    sys_pages_free(map, mapped), sys_pages_free(scratch, mat_scratch(n_tok)), sys_pages_free(act, superblocks * (size_t)n_tok * sizeof *act);
+    free(x), free(out);
+    return ok && !wrong;
+}
+
+/* A level and a format over shapes with every kind of tail. Returns 0 with err set on the first difference. */
+static int mat_selftest(int level, const quant_format *f, char *err, size_t cap) {
+    static const int64_t blocks[] = {1, 3, 8, 9, 18, 24}, rows[] = {1, 16, 23, 96, 130};
+    static const int tokens[] = {1, 2, 3, 7, 13};
+    for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++)
+        for (size_t j = 0; j < sizeof rows / sizeof *rows; j++)
+            for (size_t k = 0; k < sizeof tokens / sizeof *tokens; k++) {
+                if (f->block == 256 && blocks[i] > 3) continue;
+                int64_t n = f->block == 1 ? blocks[i] * 19 : blocks[i] * f->block;
+                if (!mat_selftest_product(mat_levels[level], f, n, rows[j], tokens[k], err, cap)) return 0;
+            }
+    return 1;
+}
+
+/* Attention of n_tok tokens at the end of `length` positions, into out; 3 heads for each of 2 KV heads. */
+static int mat_selftest_attend(const mat_kernels *k, int head_dim, int length, int n_tok, int is_f16, float *out) {
+    mat_random r = {(uint64_t)(head_dim * 7919 + length)};
+    size_t head_bytes = (size_t)head_dim * KV_BLOCK * 2 * (is_f16 ? 2 : 4), n_blocks = (size_t)(length + KV_BLOCK - 1) / KV_BLOCK;
+    size_t row = (size_t)(6 * head_dim), scratch_bytes = mat_attention_scratch(6, 2, head_dim);
+    char *cache = sys_zalloc(n_blocks * 2, head_bytes), *scratch = sys_pages(scratch_bytes);
+    float *x = sys_zalloc(row, 4 * (size_t)length);
+    int32_t *pos = sys_zalloc((size_t)length, 4), group[64] = {0}, groups = 0;
+    uint32_t *block = sys_zalloc(n_blocks, 4);
+    const uint32_t **blocks = sys_zalloc((size_t)n_tok, sizeof *blocks);
+    int ok = cache && scratch && x && pos && block && blocks;
+    for (size_t i = 0; ok && i < n_blocks; i++) block[i] = (uint32_t)(n_blocks - 1 - i);
+    for (int t = 0; ok && t < length; t++) {
+        mat_draw_floats(&r, x, row);
+        for (size_t h = 0; h < 2; h++)
+            k->store(cache + (block[t / KV_BLOCK] * 2 + h) * head_bytes, x + (size_t)head_dim * h, x + (size_t)head_dim * (2 + h), t % KV_BLOCK, head_dim, is_f16);
+    }
+    for (int t = 0; ok && t < n_tok; t++) {
+        pos[t] = length - n_tok + t, blocks[t] = block;
+        if (t % mat_attention_tokens(6, 2) == 0) group[groups++] = t;
+        mat_draw_floats(&r, x + (size_t)t * row, row);
+    }
+    if (ok) {
+        group[groups] = n_tok;
+        mat_attention a = {x, out, pos, blocks, group, cache, 2 * head_bytes, head_bytes, is_f16, 6, 2, head_dim, 0.125f};
+        for (int g = 0; g < groups * 2; g++) k->attend(&a, g / 2, g % 2, scratch);
+    }
+    free(cache), free(x), free(pos), free(block), free(blocks), sys_pages_free(scratch, scratch_bytes);
+    return ok;
+}
+
+/* The vector kernels of one level, for one length, into out[7 * n + ...]: the same bits at every level. */
+static void mat_selftest_vectors_of(const mat_kernels *k, int n, float *out) {
+    mat_random r = {(uint64_t)n};
+    float *x = out, *y = out + n;
+    mat_draw_floats(&r, out, (size_t)n * 7);
+    k->rms_norm(out + 2 * n, x, y, n, 1e-5f);
+    k->swiglu(out + 3 * n, x, n);
+    k->add(out + 4 * n, x, n);
+    k->exp_shifted(out + 5 * n, x, n, 0.7f);
+    k->rope(out + 6 * n, y, n / 4 * 4, n & 1);
+}
+
+static int mat_selftest_vectors(int level, char *err, size_t cap) {
+    static const int lengths[] = {4, 7, 16, 61, 64, 96, 333}, dims[][4] = {{64, 1, 1, 1}, {64, 70, 70, 1}, {80, 200, 33, 1}, {128, 129, 5, 0}, {33, 65, 40, 1}};
+    float *want = sys_zalloc(2, 70000 * sizeof(float)), *got = want + 70000;
+    if (!want) return sys_fail(err, cap, "out of memory");
+    for (int i = 0; i < 7; i++) {
+        mat_selftest_vectors_of(mat_levels[0], lengths[i], want), mat_selftest_vectors_of(mat_levels[level], lengths[i], got);
+        if (memcmp(want, got, (size_t)lengths[i] * 7 * sizeof(float)))
+            return free(want), sys_fail(err, cap, "%s: the vectors of length %d differ from the scalar level's", mat_levels[level]->name, lengths[i]);
+    }
+    for (int i = 0; i < 5; i++) {
+        const int *d = dims[i];
+        if (!mat_selftest_attend(mat_levels[0], d[0], d[1], d[2], d[3], want) || !mat_selftest_attend(mat_levels[level], d[0], d[1], d[2], d[3], got))
+            return free(want), sys_fail(err, cap, "out of memory");
+        if (memcmp(want, got, (size_t)(6 * d[0] * d[2]) * sizeof(float)))
+            return free(want), sys_fail(err, cap, "%s: attention (head %d, %d positions) differs from the scalar level's", mat_levels[level]->name, d[0], d[1]);
+    }
+    free(want);
+    return 1;
+}
+
+#else /* LORCH_LEVEL is defined: the loops, for one instruction set, which has set LANES and MAT_DOT */
+
+/* ---- primitives: all that a level must say; everything below is common ---- */
+
+#define V FN(mat_ints)
+#define F FN(mat_floats)
+typedef int32_t V __attribute__((vector_size(4 * LANES)));
+typedef float F __attribute__((vector_size(4 * LANES)));
+typedef int16_t FN(mat_words) __attribute__((vector_size(4 * LANES)));
+typedef int8_t FN(mat_bytes) __attribute__((vector_size(4 * LANES)));
+typedef V FN(mat_ints_any) __attribute__((aligned(1), may_alias));
+typedef F FN(mat_floats_any) __attribute__((aligned(1), may_alias));
+typedef struct { V a, b, c, d; } FN(mat_four);
+
+LORCH_INLINE V FN(v_all)(int32_t i) { return i - (V){0}; }
+LORCH_INLINE F FN(f_all)(float f) { return f - (F){0}; }
+LORCH_INLINE V FN(v_load)(const void *p) { return *(const FN(mat_ints_any) *)p; }
+LORCH_INLINE F FN(f_load)(const void *p) { return *(const FN(mat_floats_any) *)p; }
+LORCH_INLINE void FN(f_store)(void *p, F f) { *(FN(mat_floats_any) *)p = f; }
+LORCH_INLINE V FN(v_at)(const void *p) { /* the 4 bytes at p, in every lane */
+    int32_t i;
+    memcpy(&i, p, 4);
+    return FN(v_all)(i);
+}
+LORCH_INLINE F FN(f_int)(V v) { return __builtin_convertvector(v, F); }
+#define MAT_PAIRED (MAT_DOT == MAT_MADD)                        /* sums of codes run in int16, two in a lane; scales too */
+#define MAT_SIGNED (MAT_DOT == MAT_NEON || MAT_DOT == MAT_SDOT) /* codes are signed; others are unsigned, offset by a power of two */
+
+#if LANES == 16
+enum { FN(MAT_TOKENS) = 6 };
+#define KEEP(x) __asm__("" : "+v"(x)) /* in a register: else gcc loads it twice */
+LORCH_INLINE F FN(f_fma)(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+LORCH_INLINE F FN(f_max)(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); } /* a > b ? a : b */
+LORCH_INLINE F FN(f_min)(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+LORCH_INLINE F FN(f_half)(const void *p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+LORCH_INLINE F FN(f_half_low)(V v) { return (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)v)); }
+LORCH_INLINE __m512i FN(v_gather)(const char *p, size_t s) { /* 16 bytes of every fourth row */
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const void *)(p + 4 * s)), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const void *)(p + 8 * s)), 2);
+    return _mm512_inserti32x4(v, _mm_loadu_si128((const void *)(p + 12 * s)), 3);
+}
+LORCH_INLINE FN(mat_four) FN(v_turn)(const char *p, size_t s) {
+    __m512i a = FN(v_gather)(p, s), b = FN(v_gather)(p + s, s), c = FN(v_gather)(p + 2 * s, s), d = FN(v_gather)(p + 3 * s, s);
+    __m512i e = _mm512_unpacklo_epi32(a, b), f = _mm512_unpackhi_epi32(a, b), g = _mm512_unpacklo_epi32(c, d), h = _mm512_unpackhi_epi32(c, d);
+    FN(mat_four) r = {(V)_mm512_unpacklo_epi64(e, g), (V)_mm512_unpackhi_epi64(e, g), (V)_mm512_unpacklo_epi64(f, h), (V)_mm512_unpackhi_epi64(f, h)};
+    return r;
+}
+#if MAT_DOT == MAT_VNNI
+LORCH_INLINE V FN(v_dot)(V sum, V w, V x) { return (V)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x); }
+LORCH_INLINE V FN(v_pairs)(V sum, V a, V b) { return (V)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b); }
+#else
+LORCH_INLINE V FN(v_pairs)(V sum, V a, V b) { return sum + (V)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+LORCH_INLINE V FN(v_madd)(V w, V x) { return (V)_mm512_maddubs_epi16((__m512i)w, (__m512i)x); }
+LORCH_INLINE V FN(v_madd_signed)(V w, V x) {
+    __m512i sign = _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w), _mm512_setzero_si512(), (__m512i)x);
+    return (V)_mm512_maddubs_epi16(_mm512_abs_epi8((__m512i)w), sign);
+}
+#endif
+
+#elif LANES == 8
+enum { FN(MAT_TOKENS) = 3 };
+#define KEEP(x) __asm__("" : "+x"(x))
+LORCH_INLINE F FN(f_fma)(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+LORCH_INLINE F FN(f_max)(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+LORCH_INLINE F FN(f_min)(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+LORCH_INLINE F FN(f_half)(const void *p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+LORCH_INLINE F FN(f_half_low)(V v) {
+    __m256i low = (__m256i)(v & 0xffff);
+    return (F)_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 8)));
+}
+LORCH_INLINE __m256i FN(v_gather)(const char *p, size_t s) {
+    __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const void *)p));
+    return _mm256_inserti128_si256(v, _mm_loadu_si128((const void *)(p + 4 * s)), 1);
+}
+LORCH_INLINE FN(mat_four) FN(v_turn)(const char *p, size_t s) {
+    __m256i a = FN(v_gather)(p, s), b = FN(v_gather)(p + s, s), c = FN(v_gather)(p + 2 * s, s), d = FN(v_gather)(p + 3 * s, s);
+    __m256i e = _mm256_unpacklo_epi32(a, b), f = _mm256_unpackhi_epi32(a, b), g = _mm256_unpacklo_epi32(c, d), h = _mm256_unpackhi_epi32(c, d);
+    FN(mat_four) r = {(V)_mm256_unpacklo_epi64(e, g), (V)_mm256_unpackhi_epi64(e, g), (V)_mm256_unpacklo_epi64(f, h), (V)_mm256_unpackhi_epi64(f, h)};
+    return r;
+}
+LORCH_INLINE V FN(v_pairs)(V sum, V a, V b) { return sum + (V)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#if MAT_DOT == MAT_VNNI
+LORCH_INLINE V FN(v_dot)(V sum, V w, V x) { return (V)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x); }
+#else
+LORCH_INLINE V FN(v_madd)(V w, V x) { return (V)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
+LORCH_INLINE V FN(v_madd_signed)(V w, V x) {
+    return (V)_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)x, (__m256i)w));
+}
+#endif
+
+#elif MAT_DOT != MAT_PLAIN /* NEON */
+enum { FN(MAT_TOKENS) = 4 };
+#define KEEP(x) (void)0
+LORCH_INLINE F FN(f_fma)(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+LORCH_INLINE F FN(f_max)(F a, F b) { return (F)vbslq_f32(vcgtq_f32((float32x4_t)a, (float32x4_t)b), (float32x4_t)a, (float32x4_t)b); }
+LORCH_INLINE F FN(f_min)(F a, F b) { return (F)vbslq_f32(vcltq_f32((float32x4_t)a, (float32x4_t)b), (float32x4_t)a, (float32x4_t)b); }
+LORCH_INLINE F FN(f_half)(const void *p) { return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+LORCH_INLINE F FN(f_half_low)(V v) { return (F)vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32((uint32x4_t)v))); }
+LORCH_INLINE FN(mat_four) FN(v_turn)(const char *p, size_t s) {
+    int32x4_t a = (int32x4_t)FN(v_load)(p), b = (int32x4_t)FN(v_load)(p + s), c = (int32x4_t)FN(v_load)(p + 2 * s), d = (int32x4_t)FN(v_load)(p + 3 * s);
+    int32x4_t e = vzip1q_s32(a, c), f = vzip2q_s32(a, c), g = vzip1q_s32(b, d), h = vzip2q_s32(b, d);
+    FN(mat_four) r = {(V)vzip1q_s32(e, g), (V)vzip2q_s32(e, g), (V)vzip1q_s32(f, h), (V)vzip2q_s32(f, h)};
+    return r;
+}
+LORCH_INLINE V FN(v_pairs)(V sum, V a, V b) {
+    int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+    return sum + (V)vpaddq_s32(low, vmull_high_s16((int16x8_t)a, (int16x8_t)b));
+}
+#if MAT_DOT == MAT_SDOT
+LORCH_INLINE V FN(v_dot)(V sum, V w, V x) { /* clang 14 hides the intrinsic behind -march */
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
     return sum;
 }
+#else
+LORCH_INLINE V FN(v_dot)(V sum, V w, V x) {
+    int16x8_t low = vmull_s8(vget_low_s8((int8x16_t)w), vget_low_s8((int8x16_t)x)), high = vmull_high_s8((int8x16_t)w, (int8x16_t)x);
+    return (V)vpadalq_s16((int32x4_t)sum, vpaddq_s16(low, high)); /* 128 * 127 * 2 fits in 16 bits */
+}
+#endif
 
-LORCH_INLINE void FN(mat_blocks)(const mat_product *p, int64_t row, void (*unpack)(const void *, quant_block *), int bytes) {
-    int16_t w[ROW_TILE][32];
-    float d[ROW_TILE];
-    quant_block b;
-    int rows = p->n_rows - row < ROW_TILE ? (int)(p->n_rows - row) : ROW_TILE, n_tok = p->act->n_tok;
-    int64_t n = p->act->n, blocks = n / 32;
-    for (int t = 0; t < n_tok; t++) memset(p->out + t * p->n_rows + row, 0, (size_t)rows * sizeof(float));
-    for (int64_t i = 0; i < blocks; i++) {
-        for (int r = 0; r < rows; r++) {
-            unpack(p->weights + ((row + r) * blocks + i) * bytes, &b);
-            for (int j = 0; j < 32; j++) w[r][j] = b.q[j];
-            d[r] = b.d;
-        }
-        for (int t = 0; t < n_tok; t++) {
-            const int16_t *q = p->act->q32 + t * n + i * 32;
-            float *out = p->out + t * p->n_rows + row, dx = p->act->d32[t * blocks + i];
-            for (int r = 0; r < rows; r++) out[r] = FMA((float)FN(mat_dot)(w[r], q, 32), d[r] * dx, out[r]);
-        }
-    }
+#else /* no instructions of its own */
+enum { FN(MAT_TOKENS) = 2 };
+#define KEEP(x) (void)0
+#ifdef __FP_FAST_FMAF
+#define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define FMA(a, b, c) num_fma(a, b, c)
+#endif
+LORCH_INLINE F FN(f_fma)(F a, F b, F c) {
+    for (int i = 0; i < LANES; i++) c[i] = FMA(a[i], b[i], c[i]);
+    return c;
+}
+LORCH_INLINE F FN(f_max)(F a, F b) {
+    for (int i = 0; i < LANES; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+}
+LORCH_INLINE F FN(f_min)(F a, F b) {
+    for (int i = 0; i < LANES; i++) a[i] = a[i] < b[i] ? a[i] : b[i];
+    return a;
+}
+LORCH_INLINE F FN(f_half_low)(V v) {
+    F f = {0};
+    for (int i = 0; i < LANES; i++) f[i] = num_from_f16((uint16_t)v[i]);
+    return f;
+}
+LORCH_INLINE F FN(f_half)(const void *p) {
+    V v = {0};
+    for (int i = 0; i < LANES; i++) v[i] = ((const uint16_t *)p)[i];
+    return FN(f_half_low)(v);
+}
+LORCH_INLINE FN(mat_four) FN(v_turn)(const char *p, size_t s) {
+    V a = FN(v_load)(p), b = FN(v_load)(p + s), c = FN(v_load)(p + 2 * s), d = FN(v_load)(p + 3 * s);
+    FN(mat_four) r = {{a[0], b[0], c[0], d[0]}, {a[1], b[1], c[1], d[1]}, {a[2], b[2], c[2], d[2]}, {a[3], b[3], c[3], d[3]}};
+    return r;
+}
+LORCH_INLINE V FN(v_pairs)(V sum, V a, V b) { return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
+LORCH_INLINE V FN(v_dot)(V sum, V w, V x) { /* bytes 0 and 2, then 1 and 3: a product fits in 16 bits */
+    FN(mat_words) a = (FN(mat_words))w, b = (FN(mat_words))x;
+    V even = (V)((a & 255) * (b << 8 >> 8)), odd = (V)((a >> 8 & 255) * (b >> 8));
+    return sum + (even << 16 >> 16) + (even >> 16) + (odd << 16 >> 16) + (odd >> 16);
+}
+#endif
+
+/* A chain of dots runs from v_start over v_dot; v_scaled and v_summed then take it up into int32 sums.
+ * MADD's chains are int16 pairs; wide codes, over 6 bits, do not fit there and go one by one. */
+#if MAT_PAIRED
+LORCH_INLINE V FN(v_start)(int32_t start, int shift) { return (V)((FN(mat_words))FN(v_all)(start) << shift); }
+LORCH_INLINE V FN(v_dot)(V chain, V w, V x) { return (V)((FN(mat_words))chain + (FN(mat_words))FN(v_madd)(w, x)); }
+LORCH_INLINE V FN(v_dot_wide)(V chain, V w, V x) { return FN(v_pairs)(chain, FN(v_madd_signed)(w, x), FN(v_all)(0x10001)); }
+LORCH_INLINE V FN(v_scaled)(V sum, V chain, V scale) { return FN(v_pairs)(sum, chain, scale); }
+LORCH_INLINE V FN(v_summed)(V sum, V chain) { return FN(v_pairs)(sum, chain, FN(v_all)(0x10001)); }
+LORCH_INLINE V FN(v_scale)(V s) { return (s & 0xffff) | s << 16; }
+LORCH_INLINE V FN(v_scaled_wide)(V sum, V chain, V scale) { return sum + chain * (scale >> 16); }
+LORCH_INLINE V FN(v_summed_wide)(V sum, V chain) { return sum + chain; }
+#else
+LORCH_INLINE V FN(v_start)(int32_t start, int shift) { return MAT_SIGNED ? (V){0} : FN(v_all)(start) << shift; }
+LORCH_INLINE V FN(v_dot_wide)(V chain, V w, V x) { return FN(v_dot)(chain, w, x); }
+LORCH_INLINE V FN(v_scaled)(V sum, V chain, V scale) { return sum + chain * scale; }
+LORCH_INLINE V FN(v_summed)(V sum, V chain) { return sum + chain; }
+LORCH_INLINE V FN(v_scale)(V s) { return s; }
+LORCH_INLINE V FN(v_scaled_wide)(V sum, V chain, V scale) { return sum + chain * scale; }
+LORCH_INLINE V FN(v_summed_wide)(V sum, V chain) { return sum + chain; }
+#endif
+
+/* Codes as the level wants them, from unsigned ones offset by 1 << shift, or from signed bytes. */
+LORCH_INLINE V FN(v_codes)(V v, int shift) { return MAT_SIGNED ? (V)((FN(mat_bytes))v - (int8_t)(1 << shift)) : v; }
+LORCH_INLINE V FN(v_wide_codes)(V v) { return MAT_SIGNED || MAT_PAIRED ? v : v ^ (int32_t)0x80808080; }
+LORCH_INLINE V FN(v_low)(V v) { return v & 0x0f0f0f0f; }
+LORCH_INLINE V FN(v_high)(V v) { return v >> 4 & 0x0f0f0f0f; }
+
+LORCH_INLINE F FN(f_halves)(const char *p, size_t stride) { /* one half float of each row */
+#if LANES >= 8
+    __m128i a = _mm_setzero_si128(), b = a;
+#define TAKE(i) a = _mm_insert_epi16(a, *(const short *)(const void *)(p + i * stride), i);
+    TAKE(0) TAKE(1) TAKE(2) TAKE(3) TAKE(4) TAKE(5) TAKE(6) TAKE(7)
+#undef TAKE
+#if LANES == 8
+    (void)b;
+    return (F)_mm256_cvtph_ps(a);
+#else
+#define TAKE(i) b = _mm_insert_epi16(b, *(const short *)(const void *)(p + (i + 8) * stride), i);
+    TAKE(0) TAKE(1) TAKE(2) TAKE(3) TAKE(4) TAKE(5) TAKE(6) TAKE(7)
+#undef TAKE
+    return (F)_mm512_cvtph_ps(_mm256_set_m128i(b, a));
+#endif
+#else
+    uint16_t h[LANES];
+    for (int i = 0; i < LANES; i++) memcpy(h + i, p + (size_t)i * stride, 2);
+    return FN(f_half)(h);
+#endif
 }
 
-LORCH_INLINE void FN(mat_superblocks)(const mat_product *p, int64_t row, void (*unpack)(const void *, quant_block *), int bytes) {
-    int16_t w[ROW_TILE][256], min[ROW_TILE][16];
-    float d[ROW_TILE], dmin[ROW_TILE];
+/* ---- tiles: 256 columns of LANES rows, unpacked ---- */
+
+typedef struct {
+    int32_t q[64][LANES];     /* codes, 4 columns of a row in a lane */
+    int32_t scale[16][LANES]; /* SUPERBLOCKS: of 16 columns each, or of 32 (8 of them) */
+    int32_t min[8][LANES];    /* mins in int16 pairs: of 16 columns each, or of 32 (4 pairs) */
+    float d[8][LANES], dmin[8][LANES]; /* BLOCKS: of 32 columns each */
+} __attribute__((aligned(64))) FN(mat_tile);
+
+#define STORE(where, v) (*(V *)(void *)(where) = (v))
+#define TILE(where) (*(const V *)(const void *)(where))
+#define TILE_F(where) (*(const F *)(const void *)(where))
+
+/* How a format's codes meet the activations: what the kernels below are specialised for. */
+typedef struct {
+    int chain;  /* dots between scales: 8 for 32 columns, 4 for 16 */
+    int pairs;  /* of mins: 0, 4 or 8; with BLOCKS 0 or 1 */
+    int wide;   /* codes over 6 bits */
+    int shift;  /* codes are offset by 1 << shift, if there are no mins */
+} FN(mat_shape);
+
+/* Any format: each row is unpacked by itself, then the rows are turned. Rows past the end repeat the last. */
+LORCH_INLINE void FN(mat_fill)(FN(mat_tile) *o, const mat_product *p, int64_t row, int64_t slice, FN(mat_shape) s, int bytes,
+                               int block, void (*unpack)(const void *, quant_block *)) {
+    int8_t codes[LANES][256];
+    int64_t per_row = p->act->n / block;
+    int blocks = block == 256 || p->act->n / 32 - slice * 8 > 8 ? 8 : (int)(p->act->n / 32 - slice * 8);
     quant_block b;
-    int rows = p->n_rows - row < ROW_TILE ? (int)(p->n_rows - row) : ROW_TILE, n_tok = p->act->n_tok;
-    int64_t n = p->act->n, blocks = n / 256;
-    for (int t = 0; t < n_tok; t++) memset(p->out + t * p->n_rows + row, 0, (size_t)rows * sizeof(float));
-    for (int64_t i = 0; i < blocks; i++) {
-        for (int r = 0; r < rows; r++) {
-            unpack(p->weights + ((row + r) * blocks + i) * bytes, &b);
-            for (int j = 0; j < 16; j++) min[r][j] = b.min[j];
-            for (int j = 0; j < 256; j++) w[r][j] = (int16_t)(b.scale[j / 16] * b.q[j]);
-            d[r] = b.d, dmin[r] = b.dmin;
-        }
-        for (int t = 0; t < n_tok; t++) {
-            const int16_t *q = p->act->q256 + t * n + i * 256, *sum = p->act->sum + t * (n / 16) + i * 16;
-            float *out = p->out + t * p->n_rows + row, dx = p->act->d256[t * blocks + i];
-            for (int r = 0; r < rows; r++) {
-                float mins = (float)FN(mat_dot)(min[r], sum, 16), dot = (float)FN(mat_dot)(w[r], q, 256);
-                out[r] = FMA(dx, FMA(-dmin[r], mins, d[r] * dot), out[r]);
+    for (int r = 0; r < LANES; r++) {
+        const char *w = p->weights + ((row + r < p->n_rows ? row + r : p->n_rows - 1) * per_row + slice * (256 / block)) * bytes;
+        if (block == 32)
+            for (int i = 0; i < blocks; i++, w += bytes) {
+                unpack(w, &b);
+                memcpy(codes[r] + 32 * i, b.q, 32);
+                o->d[i][r] = b.d, o->dmin[i][r] = s.pairs ? b.dmin : 0;
             }
+        else {
+            unpack(w, &b);
+            memcpy(codes[r], b.q, 256);
+            for (int j = 0; j < 64 / s.chain; j++)
+                o->scale[j][r] = MAT_PAIRED ? (b.scale[j * s.chain / 4] & 0xffff) | b.scale[j * s.chain / 4] * 65536 : b.scale[j * s.chain / 4];
+            for (int j = 0; j < s.pairs; j++) o->min[j][r] = b.min[j * 16 / s.pairs] | b.min[j * 16 / s.pairs + 8 / s.pairs] << 16;
+            o->d[0][r] = b.d, o->dmin[0][r] = b.dmin;
         }
+    }
+    int offset = MAT_SIGNED || s.pairs || (s.wide && MAT_PAIRED) ? 0 : 1 << s.shift;
+    for (int k = 0; k < 8 * blocks; k += 4) {
+        FN(mat_four) t = FN(v_turn)((const char *)codes + 4 * k, 256);
+        STORE(o->q[k], (V)((FN(mat_bytes))t.a + (int8_t)offset)), STORE(o->q[k + 1], (V)((FN(mat_bytes))t.b + (int8_t)offset));
+        STORE(o->q[k + 2], (V)((FN(mat_bytes))t.c + (int8_t)offset)), STORE(o->q[k + 3], (V)((FN(mat_bytes))t.d + (int8_t)offset));
     }
 }
 
-/* Floats: a slice of the rows is turned so that the 16 rows lie side by side, one lane each. */
-LORCH_INLINE void FN(mat_floats)(const mat_product *p, int64_t row, const quant_format *f) {
-    enum { SLICE = 256 };
-    float w[SLICE][ROW_TILE];
-    int rows = p->n_rows - row < ROW_TILE ? (int)(p->n_rows - row) : ROW_TILE, n_tok = p->act->n_tok;
-    int64_t n = p->act->n;
-    for (int t = 0; t < n_tok; t++) memset(p->out + t * p->n_rows + row, 0, (size_t)rows * sizeof(float));
-    memset(w, 0, sizeof w);
-    for (int64_t from = 0; from < n; from += SLICE) {
-        int len = n - from < SLICE ? (int)(n - from) : SLICE;
-        for (int r = 0; r < rows; r++) {
-            const char *src = p->weights + ((row + r) * n + from) * f->bytes;
-            for (int i = 0; i < len; i++) w[i][r] = quant_load_float(f, src, i);
-        }
-        for (int t = 0; t < n_tok; t++) {
-            const float *x = p->act->x + t * n + from;
-            float *out = p->out + t * p->n_rows + row, acc[ROW_TILE];
-            for (int r = 0; r < ROW_TILE; r++) acc[r] = r < rows ? out[r] : 0;
-            for (int i = 0; i < len; i++)
-                for (int r = 0; r < ROW_TILE; r++) acc[r] = FMA(w[i][r], x[i], acc[r]);
-            for (int r = 0; r < rows; r++) out[r] = acc[r];
-        }
+/* The hot formats are turned first and unpacked then, LANES rows at once. `stride` leads from row to row. */
+
+LORCH_INLINE void FN(mat_put)(int32_t (*q)[LANES], V a, V b, V c, V d) { STORE(q[0], a), STORE(q[1], b), STORE(q[2], c), STORE(q[3], d); }
+
+/* Q4_K's header: see quant_unpack_scales_k4. scale[8], min[4], d and dmin are filled in. */
+LORCH_INLINE void FN(mat_head_k4)(FN(mat_tile) *o, const char *w, size_t stride) {
+    FN(mat_four) h = FN(v_turn)(w, stride);
+    V s0 = h.b & 0x3f3f3f3f, s1 = FN(v_low)(h.d) | (h.b >> 2 & 0x30303030);
+    V m0 = h.c & 0x3f3f3f3f, m1 = FN(v_high)(h.d) | (h.c >> 2 & 0x30303030);
+    STORE(o->scale[0], FN(v_scale)(s0 & 255)), STORE(o->scale[1], FN(v_scale)(s0 >> 8 & 255));
+    STORE(o->scale[2], FN(v_scale)(s0 >> 16 & 255)), STORE(o->scale[3], FN(v_scale)(s0 >> 24));
+    STORE(o->scale[4], FN(v_scale)(s1 & 255)), STORE(o->scale[5], FN(v_scale)(s1 >> 8 & 255));
+    STORE(o->scale[6], FN(v_scale)(s1 >> 16 & 255)), STORE(o->scale[7], FN(v_scale)(s1 >> 24));
+    STORE(o->min[0], (m0 & 255) | (m0 & 0xff00) << 8), STORE(o->min[1], (m0 >> 16 & 255) | (m0 >> 8 & 0xff0000));
+    STORE(o->min[2], (m1 & 255) | (m1 & 0xff00) << 8), STORE(o->min[3], (m1 >> 16 & 255) | (m1 >> 8 & 0xff0000));
+    FN(f_store)(o->d[0], FN(f_half_low)(h.a)), FN(f_store)(o->dmin[0], FN(f_half_low)(h.a >> 16));
+}
+
+LORCH_INLINE void FN(mat_fill_q4_k)(FN(mat_tile) *o, const char *w, size_t stride) {
+    FN(mat_head_k4)(o, w, stride);
+    for (int i = 0; i < 8; i++) { /* 16 bytes: 16 weights in low nibbles, and those 32 further on in high ones */
+        FN(mat_four) t = FN(v_turn)(w + 16 + 16 * i, stride);
+        int k = i / 2 * 16 + i % 2 * 4;
+        FN(mat_put)(o->q + k, FN(v_low)(t.a), FN(v_low)(t.b), FN(v_low)(t.c), FN(v_low)(t.d));
+        FN(mat_put)(o->q + k + 8, FN(v_high)(t.a), FN(v_high)(t.b), FN(v_high)(t.c), FN(v_high)(t.d));
     }
 }
 
-static void FN(mat_multiply)(const mat_product *p, int64_t row) {
-    switch ((int)(p->format - quant_formats)) { /* constants, so that each case is compiled for its format */
-    case QUANT_F32: FN(mat_floats)(p, row, &quant_formats[QUANT_F32]); break;
-    case QUANT_F16: FN(mat_floats)(p, row, &quant_formats[QUANT_F16]); break;
-    case QUANT_BF16: FN(mat_floats)(p, row, &quant_formats[QUANT_BF16]); break;
-    case 2: FN(mat_blocks)(p, row, quant_unpack_q4_0, sizeof(quant_q4_0)); break;
-    case 8: FN(mat_blocks)(p, row, quant_unpack_q8_0, sizeof(quant_q8_0)); break;
-    case 12: FN(mat_superblocks)(p, row, quant_unpack_q4_k, sizeof(quant_q4_k)); break;
-    case 13: FN(mat_superblocks)(p, row, quant_unpack_q5_k, sizeof(quant_q5_k)); break;
-    case 14: FN(mat_superblocks)(p, row, quant_unpack_q6_k, sizeof(quant_q6_k)); break;
+LORCH_INLINE void FN(mat_head_q6_k)(FN(mat_tile) *o, const char *w, size_t stride) { /* scale[16] and d */
+    FN(mat_four) h = FN(v_turn)(w + offsetof(quant_q6_k, scales), stride);
+#define FOUR(j, v) \
+    STORE(o->scale[j], FN(v_scale)(v << 24 >> 24)), STORE(o->scale[j + 1], FN(v_scale)(v << 16 >> 24)); \
+    STORE(o->scale[j + 2], FN(v_scale)(v << 8 >> 24)), STORE(o->scale[j + 3], FN(v_scale)(v >> 24));
+    FOUR(0, h.a) FOUR(4, h.b) FOUR(8, h.c) FOUR(12, h.d)
+#undef FOUR
+    FN(f_store)(o->d[0], FN(f_halves)(w + offsetof(quant_q6_k, d), stride));
+}
+
+/* Q6_K: 16 columns in each quarter of half a superblock: the low nibbles of l0 and l1, then the high ones,
+ * with two bits each of h above them. */
+#define Q6_CODES(x0, x1, x2, x3, l0, l1, h) \
+    V x0 = FN(v_codes)(FN(v_low)(l0) | (h << 4 & 0x30303030), 5), x1 = FN(v_codes)(FN(v_low)(l1) | (h << 2 & 0x30303030), 5), \
+      x2 = FN(v_codes)(FN(v_high)(l0) | (h & 0x30303030), 5), x3 = FN(v_codes)(FN(v_high)(l1) | (h >> 2 & 0x30303030), 5);
+
+LORCH_INLINE void FN(mat_fill_q6_k)(FN(mat_tile) *o, const char *w, size_t stride) {
+    FN(mat_head_q6_k)(o, w, stride);
+    for (int i = 0; i < 4; i++) {
+        const char *low = w + i / 2 * 64 + i % 2 * 16;
+        FN(mat_four) l = FN(v_turn)(low, stride), m = FN(v_turn)(low + 32, stride), h = FN(v_turn)(w + 128 + i * 16, stride);
+        int32_t(*q)[LANES] = o->q + i / 2 * 32 + i % 2 * 4;
+#define COLUMN(n, f) { Q6_CODES(x0, x1, x2, x3, l.f, m.f, h.f) STORE(q[n], x0), STORE(q[8 + n], x1), STORE(q[16 + n], x2), STORE(q[24 + n], x3); }
+        COLUMN(0, a) COLUMN(1, b) COLUMN(2, c) COLUMN(3, d)
+#undef COLUMN
+    }
+}
+
+LORCH_INLINE void FN(mat_fill_q8_0)(FN(mat_tile) *o, const char *w, size_t stride) {
+    for (int i = 0; i < 16; i++) {
+        const char *b = w + i / 2 * sizeof(quant_q8_0);
+        FN(mat_four) t = FN(v_turn)(b + 2 + i % 2 * 16, stride);
+        FN(mat_put)(o->q + 4 * i, FN(v_wide_codes)(t.a), FN(v_wide_codes)(t.b), FN(v_wide_codes)(t.c), FN(v_wide_codes)(t.d));
+        if (i % 2) FN(f_store)(o->d[i / 2], FN(f_halves)(b, stride));
+    }
+}
+
+LORCH_INLINE void FN(mat_fill_q4_0)(FN(mat_tile) *o, const char *w, size_t stride) {
+    for (int i = 0; i < 8; i++, w += sizeof(quant_q4_0)) {
+        FN(mat_four) t = FN(v_turn)(w + 2, stride);
+#define LOW(v) FN(v_codes)(FN(v_low)(v), 3)
+#define HIGH(v) FN(v_codes)(FN(v_high)(v), 3)
+        FN(mat_put)(o->q + 8 * i, LOW(t.a), LOW(t.b), LOW(t.c), LOW(t.d));
+        FN(mat_put)(o->q + 8 * i + 4, HIGH(t.a), HIGH(t.b), HIGH(t.c), HIGH(t.d));
+        FN(f_store)(o->d[i], FN(f_halves)(w, stride));
+    }
+}
+
+/* ---- micro-kernels: two tiles against up to six tokens. gcc keeps named sums in registers, arrays not ---- */
+
+#define EVERY(S) S(0) S(1) S(2) S(3) S(4) S(5)
+#define EACH(S) \
+    { S(0) } if (tokens > 1) { S(1) } if (tokens > 2) { S(2) } if (tokens > 3) { S(3) } if (tokens > 4) { S(4) } if (tokens > 5) { S(5) }
+
+LORCH_INLINE F FN(mat_super_value)(const FN(mat_tile) *w, V dot, const mat_x *x, int pairs) {
+    F f = TILE_F(w->d[0]) * FN(f_int)(dot);
+    if (!pairs) return f;
+    const int16_t *sum = pairs == 8 ? x->u.super.sum16 : x->u.super.sum32;
+    V m = {0};
+    LORCH_UNROLL for (int i = 0; i < pairs; i++) m = FN(v_pairs)(m, TILE(w->min[i]), FN(v_at)(sum + 2 * i));
+    return FN(f_fma)(-TILE_F(w->dmin[0]), FN(f_int)(m), f);
+}
+
+LORCH_INLINE void FN(mat_super)(int tokens, FN(mat_shape) s, const FN(mat_tile) *w, const mat_x *x, float *c) {
+    const FN(mat_tile) *v = w + 1;
+    int wide = s.wide && MAT_PAIRED, offset = !s.pairs && !wide;
+#define S(t) V i##t = {0}, k##t = {0}, a##t = {0}, b##t = {0};
+    EVERY(S)
+#undef S
+    for (int j = 0; j < 64 / s.chain; j++) {
+#define S(t) a##t = b##t = offset ? FN(v_start)(x[t].start[j], s.shift) : (V){0};
+        EACH(S)
+#undef S
+        LORCH_UNROLL for (int n = 0; n < s.chain; n++) {
+            V p = TILE(w->q[j * s.chain + n]), q = TILE(v->q[j * s.chain + n]), y;
+#define S(t) \
+    y = FN(v_at)(x[t].q + 4 * (j * s.chain + n)); \
+    KEEP(y); \
+    a##t = wide ? FN(v_dot_wide)(a##t, p, y) : FN(v_dot)(a##t, p, y), b##t = wide ? FN(v_dot_wide)(b##t, q, y) : FN(v_dot)(b##t, q, y);
+            EACH(S)
+#undef S
+        }
+        V p = TILE(w->scale[j]), q = TILE(v->scale[j]);
+#define S(t) \
+    i##t = wide ? FN(v_scaled_wide)(i##t, a##t, p) : FN(v_scaled)(i##t, a##t, p); \
+    k##t = wide ? FN(v_scaled_wide)(k##t, b##t, q) : FN(v_scaled)(k##t, b##t, q);
+        EACH(S)
+#undef S
+    }
+#define S(t) \
+    float *e = c + t * MAT_ROWS; \
+    F d = FN(f_all)(x[t].u.super.d); \
+    FN(f_store)(e, FN(f_fma)(d, FN(mat_super_value)(w, i##t, x + t, s.pairs), FN(f_load)(e))); \
+    FN(f_store)(e + LANES, FN(f_fma)(d, FN(mat_super_value)(v, k##t, x + t, s.pairs), FN(f_load)(e + LANES)));
+    EACH(S)
+#undef S
+}
+
+LORCH_INLINE F FN(mat_block_sum)(F acc, V dot, const FN(mat_tile) *w, int j, const mat_x *x, int mins) {
+    F d = TILE_F(w->d[j]), dx = FN(f_all)(x->u.block.d[j]);
+    if (!mins) return FN(f_fma)(FN(f_int)(dot), d * dx, acc);
+    F value = FN(f_fma)(-TILE_F(w->dmin[j]), FN(f_all)(x->u.block.sum[j]), d * FN(f_int)(dot));
+    return FN(f_fma)(dx, value, acc);
+}
+
+LORCH_INLINE void FN(mat_block)(int tokens, FN(mat_shape) s, int blocks, const FN(mat_tile) *w, const mat_x *x, float *c) {
+    const FN(mat_tile) *v = w + 1;
+    int wide = s.wide && MAT_PAIRED, offset = !s.pairs && !wide;
+#define S(t) V i##t = {0}, k##t = {0}, a##t = {0}, b##t = {0}; F f##t = {0}, g##t = {0};
+    EVERY(S)
+#undef S
+#define S(t) f##t = FN(f_load)(c + t * MAT_ROWS), g##t = FN(f_load)(c + t * MAT_ROWS + LANES);
+    EACH(S)
+#undef S
+    for (int j = 0; j < blocks; j++) {
+#define S(t) i##t = k##t = (V){0};
+        EACH(S)
+#undef S
+        for (int h = 0; h < 8 / s.chain; h++) {
+#define S(t) a##t = b##t = offset ? FN(v_start)(x[t].start[j], s.shift) : (V){0};
+            EACH(S)
+#undef S
+            LORCH_UNROLL for (int n = 0; n < s.chain; n++) {
+                int at = 8 * j + s.chain * h + n;
+                V p = TILE(w->q[at]), q = TILE(v->q[at]), y;
+#define S(t) \
+    y = FN(v_at)(x[t].q + 4 * at); \
+    KEEP(y); \
+    a##t = wide ? FN(v_dot_wide)(a##t, p, y) : FN(v_dot)(a##t, p, y), b##t = wide ? FN(v_dot_wide)(b##t, q, y) : FN(v_dot)(b##t, q, y);
+                EACH(S)
+#undef S
+            }
+#define S(t) \
+    i##t = wide ? FN(v_summed_wide)(i##t, a##t) : FN(v_summed)(i##t, a##t); \
+    k##t = wide ? FN(v_summed_wide)(k##t, b##t) : FN(v_summed)(k##t, b##t);
+            EACH(S)
+#undef S
+        }
+#define S(t) f##t = FN(mat_block_sum)(f##t, i##t, w, j, x + t, s.pairs), g##t = FN(mat_block_sum)(g##t, k##t, v, j, x + t, s.pairs);
+        EACH(S)
+#undef S
+    }
+#define S(t) FN(f_store)(c + t * MAT_ROWS, f##t), FN(f_store)(c + t * MAT_ROWS + LANES, g##t);
+    EACH(S)
+#undef S
+}
+
+typedef struct { /* one slice of columns: all tokens meet all tiles */
+    FN(mat_tile) *tile; /* [tiles], an even number */
+    float *c;           /* [n_tok][MAT_ROWS] */
+    const mat_x *x;     /* [n_tok] */
+    int tiles, n_tok, blocks, shift;
+} FN(mat_pass);
+
+LORCH_INLINE void FN(mat_sweep)(const FN(mat_pass) *p, int is_super, int chain, int pairs, int wide) {
+    FN(mat_shape) s = {chain, pairs, wide, p->shift};
+#define SWEEP(tokens) \
+    for (int i = 0; i < p->tiles; i += 2) \
+        if (is_super) FN(mat_super)(tokens, s, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES); \
+        else FN(mat_block)(tokens, s, p->blocks, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES)
+    int t = 0;
+    for (; t + FN(MAT_TOKENS) <= p->n_tok; t += FN(MAT_TOKENS)) SWEEP(FN(MAT_TOKENS));
+    for (; t + 2 <= p->n_tok; t += 2) SWEEP(2);
+    for (; t < p->n_tok; t++) SWEEP(1);
+#undef SWEEP
+}
+
+/* The shapes that there are: BLOCKS without mins, with wide codes, with mins; SUPERBLOCKS of 32 with mins,
+ * of 16 with mins, of 16 without, of 16 with wide codes. A chain of 5-bit codes in int16 ends after 4 dots. */
+enum { FN(MAT_CHAIN5) = MAT_PAIRED ? 4 : 8 };
+static __attribute__((noinline)) void FN(mat_sweep_b)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 0, 8, 0, 0); }
+static __attribute__((noinline)) void FN(mat_sweep_b_wide)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 0, 8, 0, 1); }
+static __attribute__((noinline)) void FN(mat_sweep_b_mins)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 0, FN(MAT_CHAIN5), 1, 0); }
+static __attribute__((noinline)) void FN(mat_sweep_k4)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, 8, 4, 0); }
+static __attribute__((noinline)) void FN(mat_sweep_k5)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, FN(MAT_CHAIN5), 4, 0); }
+static __attribute__((noinline)) void FN(mat_sweep_k2)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, 4, 8, 0); }
+static __attribute__((noinline)) void FN(mat_sweep_k6)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, 4, 0, 0); }
+static __attribute__((noinline)) void FN(mat_sweep_k_wide)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, 4, 0, 1); }
+
+/* Unpacks the slice for the rows from `row` on, and lets all tokens pass over it. */
+#define FILL(T, type, chain, pairs, wide, offset) \
+    do { \
+        const FN(mat_shape) s = {chain, pairs, wide, offset}; \
+        o->shift = offset; \
+        for (int i = 0; i < o->tiles; i++) \
+            FN(mat_fill)(o->tile + i, p, row + i * LANES, slice, s, quant_formats[QUANT_##T].bytes, quant_formats[QUANT_##T].block, quant_unpack_##type); \
+    } while (0)
+#define FILL_HOT(T, type, chain, pairs, wide, offset) \
+    do { \
+        const quant_format *f = &quant_formats[QUANT_##T]; \
+        size_t stride = quant_row_bytes(f, p->act->n); \
+        const char *w = p->weights + (size_t)row * stride + quant_row_bytes(f, slice * 256); \
+        if (!hot) FILL(T, type, chain, pairs, wide, offset); \
+        else \
+            for (int i = 0; i < o->tiles; i++) FN(mat_fill_##type)(o->tile + i, w + (size_t)(i * LANES) * stride, stride); \
+        o->shift = offset; \
+    } while (0)
+
+static void FN(mat_slice)(FN(mat_pass) *o, const mat_product *p, int64_t row, int64_t slice) {
+    int type = (int)(p->format - quant_formats);
+    int hot = row + o->tiles * LANES <= p->n_rows && p->act->n - slice * 256 >= 256;
+    switch (type) {
+    case QUANT_Q4_0: FILL_HOT(Q4_0, q4_0, 8, 0, 0, 3); FN(mat_sweep_b)(o); break;
+    case QUANT_Q5_0: FILL(Q5_0, q5_0, 8, 0, 0, 4); FN(mat_sweep_b)(o); break;
+    case QUANT_MXFP4: FILL(MXFP4, mxfp4, 8, 0, 0, 4); FN(mat_sweep_b)(o); break;
+    case QUANT_Q8_0: FILL_HOT(Q8_0, q8_0, 8, 0, 1, 7); FN(mat_sweep_b_wide)(o); break;
+    case QUANT_IQ4_NL: FILL(IQ4_NL, iq4_nl, 8, 0, 1, 7); FN(mat_sweep_b_wide)(o); break;
+    case QUANT_Q4_1: FILL(Q4_1, q4_1, 8, 1, 0, 0); FN(mat_sweep_b_mins)(o); break;
+    case QUANT_Q5_1: FILL(Q5_1, q5_1, 8, 1, 0, 0); FN(mat_sweep_b_mins)(o); break;
+    case QUANT_Q2_K: FILL(Q2_K, q2_k, 4, 8, 0, 0); FN(mat_sweep_k2)(o); break;
+    case QUANT_Q3_K: FILL(Q3_K, q3_k, 4, 0, 0, 2); FN(mat_sweep_k6)(o); break;
+    case QUANT_Q4_K: FILL_HOT(Q4_K, q4_k, 8, 4, 0, 0); FN(mat_sweep_k4)(o); break;
+    case QUANT_Q5_K: FILL(Q5_K, q5_k, FN(MAT_CHAIN5), 4, 0, 0); FN(mat_sweep_k5)(o); break;
+    case QUANT_Q6_K: FILL_HOT(Q6_K, q6_k, 4, 0, 0, 5); FN(mat_sweep_k6)(o); break;
+    case QUANT_IQ4_XS: FILL(IQ4_XS, iq4_xs, 4, 0, 1, 7); FN(mat_sweep_k_wide)(o); break;
     default: break; /* the model's loader has refused everything else */
     }
 }
+#undef FILL
+#undef FILL_HOT
+
+/* ---- one token: the hot formats meet it in registers, LANES rows at once, over n / 256 superblocks ----
+ * Each loop fetches ahead of itself: the slice of rows that follows, a superblock's share at a time. */
+
+LORCH_INLINE void FN(mat_fetch)(const char *p, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
+#if LANES >= 8
+#define DOTS(chain, at, x0, x1, x2, x3) \
+    chain = FN(v_dot)(chain, x0, FN(v_at)((at))), chain = FN(v_dot)(chain, x1, FN(v_at)((at) + 4)), \
+    chain = FN(v_dot)(chain, x2, FN(v_at)((at) + 8)), chain = FN(v_dot)(chain, x3, FN(v_at)((at) + 12))
+
+static __attribute__((noinline)) F FN(mat_one_q4_k)(const char *w, size_t stride, const mat_x *x, int64_t superblocks) {
+    F acc = {0};
+    FN(mat_tile) head;
+    const char *next = w + LANES * stride;
+    for (int64_t b = 0; b < superblocks; b++, x++, w += sizeof(quant_q4_k)) {
+        FN(mat_head_k4)(&head, w, stride);
+        V sum = {0};
+        LORCH_UNROLL for (int c = 0; c < 4; c++) {
+            FN(mat_four) t = FN(v_turn)(w + 16 + 32 * c, stride), u = FN(v_turn)(w + 32 + 32 * c, stride);
+            V low = {0}, high = {0};
+            const int8_t *q = x->q + 64 * c;
+            FN(mat_fetch)(next, LANES * (int)sizeof(quant_q4_k) / 4), next += LANES * sizeof(quant_q4_k) / 4;
+            DOTS(low, q, FN(v_low)(t.a), FN(v_low)(t.b), FN(v_low)(t.c), FN(v_low)(t.d));
+            DOTS(high, q + 32, FN(v_high)(t.a), FN(v_high)(t.b), FN(v_high)(t.c), FN(v_high)(t.d));
+            DOTS(low, q + 16, FN(v_low)(u.a), FN(v_low)(u.b), FN(v_low)(u.c), FN(v_low)(u.d));
+            DOTS(high, q + 48, FN(v_high)(u.a), FN(v_high)(u.b), FN(v_high)(u.c), FN(v_high)(u.d));
+            sum = FN(v_scaled)(FN(v_scaled)(sum, low, TILE(head.scale[2 * c])), high, TILE(head.scale[2 * c + 1]));
+        }
+        acc = FN(f_fma)(FN(f_all)(x->u.super.d), FN(mat_super_value)(&head, sum, x, 4), acc);
+    }
+    return acc;
+}
+
+static __attribute__((noinline)) F FN(mat_one_q6_k)(const char *w, size_t stride, const mat_x *x, int64_t superblocks) {
+    F acc = {0};
+    FN(mat_tile) head;
+    const char *next = w + LANES * stride;
+    for (int64_t b = 0; b < superblocks; b++, x++, w += sizeof(quant_q6_k)) {
+        FN(mat_head_q6_k)(&head, w, stride);
+        V sum = {0};
+        LORCH_UNROLL for (int i = 0; i < 4; i++) {
+            const char *low = w + i / 2 * 64 + i % 2 * 16;
+            FN(mat_four) l = FN(v_turn)(low, stride), m = FN(v_turn)(low + 32, stride), h = FN(v_turn)(w + 128 + i * 16, stride);
+            int j = i / 2 * 8 + i % 2;
+            const int8_t *q = x->q + 16 * j;
+            FN(mat_fetch)(next, (LANES * (int)sizeof(quant_q6_k) + 3) / 4), next += LANES * sizeof(quant_q6_k) / 4;
+            V s0 = FN(v_start)(x->start[j], 5), s1 = FN(v_start)(x->start[j + 2], 5), s2 = FN(v_start)(x->start[j + 4], 5), s3 = FN(v_start)(x->start[j + 6], 5);
+#define COLUMN(n, f) { \
+    Q6_CODES(x0, x1, x2, x3, l.f, m.f, h.f) \
+    s0 = FN(v_dot)(s0, x0, FN(v_at)(q + 4 * n)), s1 = FN(v_dot)(s1, x1, FN(v_at)(q + 32 + 4 * n)); \
+    s2 = FN(v_dot)(s2, x2, FN(v_at)(q + 64 + 4 * n)), s3 = FN(v_dot)(s3, x3, FN(v_at)(q + 96 + 4 * n)); }
+            COLUMN(0, a) COLUMN(1, b) COLUMN(2, c) COLUMN(3, d)
+#undef COLUMN
+            sum = FN(v_scaled)(FN(v_scaled)(sum, s0, TILE(head.scale[j])), s1, TILE(head.scale[j + 2]));
+            sum = FN(v_scaled)(FN(v_scaled)(sum, s2, TILE(head.scale[j + 4])), s3, TILE(head.scale[j + 6]));
+        }
+        acc = FN(f_fma)(FN(f_all)(x->u.super.d), FN(mat_super_value)(&head, sum, x, 0), acc);
+    }
+    return acc;
+}
+
+static __attribute__((noinline)) F FN(mat_one_q8_0)(const char *w, size_t stride, const mat_x *x, int64_t superblocks) {
+    F acc = {0};
+    const char *next = w + LANES * stride;
+    for (int64_t b = 0; b < superblocks * 8; b++, w += sizeof(quant_q8_0)) {
+        const mat_x *y = x + b / 8;
+        const int8_t *q = y->q + b % 8 * 32;
+        FN(mat_four) t = FN(v_turn)(w + 2, stride), u = FN(v_turn)(w + 18, stride);
+        F d = FN(f_halves)(w, stride) * FN(f_all)(y->u.block.d[b % 8]);
+        FN(mat_fetch)(next, (LANES * (int)sizeof(quant_q8_0) + 32) / 64 * 64), next += LANES * sizeof(quant_q8_0);
+#if MAT_PAIRED
+        V sum = {0};
+#define DOT(v, at) sum = FN(v_dot_wide)(sum, v, FN(v_at)(q + at))
+        DOT(t.a, 0), DOT(t.b, 4), DOT(t.c, 8), DOT(t.d, 12), DOT(u.a, 16), DOT(u.b, 20), DOT(u.c, 24), DOT(u.d, 28);
+#undef DOT
+#else
+        V sum = FN(v_start)(y->start[b % 8], 7), more = {0};
+#define DOT(s, v, at) s = FN(v_dot)(s, FN(v_wide_codes)(v), FN(v_at)(q + at))
+        DOT(sum, t.a, 0), DOT(more, t.b, 4), DOT(sum, t.c, 8), DOT(more, t.d, 12);
+        DOT(sum, u.a, 16), DOT(more, u.b, 20), DOT(sum, u.c, 24), DOT(more, u.d, 28);
+#undef DOT
+        sum += more;
+#endif
+        acc = FN(f_fma)(FN(f_int)(sum), d, acc);
+    }
+    return acc;
+}
+
+static __attribute__((noinline)) F FN(mat_one_q4_0)(const char *w, size_t stride, const mat_x *x, int64_t superblocks) {
+    F acc = {0};
+    const char *next = w + LANES * stride;
+    for (int64_t b = 0; b < superblocks * 8; b++, w += sizeof(quant_q4_0)) {
+        const mat_x *y = x + b / 8;
+        const int8_t *q = y->q + b % 8 * 32;
+        FN(mat_four) t = FN(v_turn)(w + 2, stride);
+        F d = FN(f_halves)(w, stride) * FN(f_all)(y->u.block.d[b % 8]);
+        FN(mat_fetch)(next, (LANES * (int)sizeof(quant_q4_0) + 32) / 64 * 64), next += LANES * sizeof(quant_q4_0);
+        V sum = FN(v_start)(y->start[b % 8], 3);
+        DOTS(sum, q, FN(v_low)(t.a), FN(v_low)(t.b), FN(v_low)(t.c), FN(v_low)(t.d));
+        DOTS(sum, q + 16, FN(v_high)(t.a), FN(v_high)(t.b), FN(v_high)(t.c), FN(v_high)(t.d));
+        acc = FN(f_fma)(FN(f_int)(FN(v_summed)((V){0}, sum)), d, acc);
+    }
+    return acc;
+}
+#undef DOTS
+#endif
+
+/* Runs one token over as many slices as the fused kernels take; returns their number. */
+static int64_t FN(mat_one)(const mat_product *p, int64_t row, int tiles, float *c) {
+#if LANES >= 8
+    int type = (int)(p->format - quant_formats);
+    int64_t superblocks = p->act->n / 256;
+    size_t stride = quant_row_bytes(p->format, p->act->n);
+    const char *w = p->weights + (size_t)row * stride;
+    if (p->act->n_tok != 1 || row + tiles * LANES > p->n_rows) return 0;
+    for (int i = 0; i < tiles; i++, w += LANES * stride, c += LANES) switch (type) {
+        case QUANT_Q4_0: FN(f_store)(c, FN(mat_one_q4_0)(w, stride, p->act->blocks, superblocks)); break;
+        case QUANT_Q8_0: FN(f_store)(c, FN(mat_one_q8_0)(w, stride, p->act->blocks, superblocks)); break;
+        case QUANT_Q4_K: FN(f_store)(c, FN(mat_one_q4_k)(w, stride, p->act->super, superblocks)); break;
+        case QUANT_Q6_K: FN(f_store)(c, FN(mat_one_q6_k)(w, stride, p->act->super, superblocks)); break;
+        default: return 0;
+        }
+    return superblocks;
+#else
+    (void)p, (void)row, (void)tiles, (void)c;
+    return 0;
+#endif
+}
+
+/* ---- products of floats, for weights and in attention ---- */
+
+/* c[t][j] += a[t][k] * b[k][j] over k in order; j in `vectors` vectors, t < tokens; b in half floats if `half`. */
+LORCH_INLINE void FN(mat_outer_tile)(int tokens, int vectors, int half, const float *a, int64_t lda, const char *b, int64_t ldb, int n_k, float *c, int64_t ldc) {
+#define S(t) F c0##t = {0}, c1##t = {0}, c2##t = {0}, c3##t = {0};
+    EVERY(S)
+#undef S
+#define S(t) \
+    c0##t = FN(f_load)(c + t * ldc); \
+    if (vectors > 1) c1##t = FN(f_load)(c + t * ldc + LANES); \
+    if (vectors > 2) c2##t = FN(f_load)(c + t * ldc + 2 * LANES), c3##t = FN(f_load)(c + t * ldc + 3 * LANES);
+    EACH(S)
+#undef S
+    for (int k = 0; k < n_k; k++, b += ldb * (half ? 2 : 4)) {
+#define B(i) (half ? FN(f_half)(b + 2 * i * LANES) : FN(f_load)(b + 4 * i * LANES))
+        F b0 = B(0), b1 = vectors > 1 ? B(1) : b0, b2 = vectors > 2 ? B(2) : b0, b3 = vectors > 2 ? B(3) : b0;
+#undef B
+#define S(t) \
+    F y = FN(f_all)(a[t * lda + k]); \
+    c0##t = FN(f_fma)(b0, y, c0##t); \
+    if (vectors > 1) c1##t = FN(f_fma)(b1, y, c1##t); \
+    if (vectors > 2) c2##t = FN(f_fma)(b2, y, c2##t), c3##t = FN(f_fma)(b3, y, c3##t);
+        EACH(S)
+#undef S
+    }
+#define S(t) \
+    FN(f_store)(c + t * ldc, c0##t); \
+    if (vectors > 1) FN(f_store)(c + t * ldc + LANES, c1##t); \
+    if (vectors > 2) FN(f_store)(c + t * ldc + 2 * LANES, c2##t), FN(f_store)(c + t * ldc + 3 * LANES, c3##t);
+    EACH(S)
+#undef S
+}
+
+enum { FN(MAT_VECTORS) = LANES == 16 ? 4 : LANES == 8 ? 2 : MAT_DOT == MAT_PLAIN ? 1 : 4 };
+
+/* The same for any number of tokens and of columns; those that fill no vector go one by one. */
+LORCH_INLINE void FN(mat_outer)(int half, int n_tok, int columns, const float *a, int64_t lda, const char *b, int64_t ldb, int n_k, float *c, int64_t ldc) {
+    enum { PANEL = FN(MAT_VECTORS) * LANES, TOKENS = LANES == 16 || LANES == 8 ? 6 : 4 };
+    int size = half ? 2 : 4;
+    for (int t = 0; t < n_tok;) {
+        int left = n_tok - t, step = left >= TOKENS ? TOKENS : left >= 4 ? 4 : left >= 2 ? 2 : 1, j = 0;
+        const float *at = a + t * lda;
+        float *ct = c + t * ldc;
+#define OUTER(tokens, vectors) FN(mat_outer_tile)(tokens, vectors, half, at, lda, b + j * size, ldb, n_k, ct + j, ldc)
+        for (; j + PANEL <= columns; j += PANEL)
+            if (step == TOKENS) OUTER(TOKENS, FN(MAT_VECTORS));
+            else if (step == 4) OUTER(4, FN(MAT_VECTORS));
+            else if (step == 2) OUTER(2, FN(MAT_VECTORS));
+            else OUTER(1, FN(MAT_VECTORS));
+        for (; j + LANES <= columns; j += LANES)
+            for (int i = 0; i < step; i++) FN(mat_outer_tile)(1, 1, half, at + i * lda, lda, b + j * size, ldb, n_k, ct + i * ldc + j, ldc);
+#undef OUTER
+        for (; j < columns; j++)
+            for (int i = 0; i < step; i++)
+                for (int k = 0; k < n_k; k++) {
+                    const char *v = b + (k * ldb + j) * size;
+                    F f = {half ? num_from_f16(*(const uint16_t *)(const void *)v) : *(const float *)(const void *)v};
+                    ct[i * ldc + j] = FN(f_fma)(f, FN(f_all)(at[i * lda + k]), FN(f_all)(ct[i * ldc + j]))[0];
+                }
+        t += step;
+    }
+}
+
+static __attribute__((noinline)) void FN(mat_outer_floats)(int n_tok, int columns, const float *a, int64_t lda, const float *b, int64_t ldb, int n_k, float *c, int64_t ldc) {
+    FN(mat_outer)(0, n_tok, columns, a, lda, (const char *)b, ldb, n_k, c, ldc);
+}
+static __attribute__((noinline)) void FN(mat_outer_halves)(int n_tok, int columns, const float *a, int64_t lda, const uint16_t *b, int64_t ldb, int n_k, float *c, int64_t ldc) {
+    FN(mat_outer)(1, n_tok, columns, a, lda, (const char *)b, ldb, n_k, c, ldc);
+}
+
+/* Turns n columns of LANES rows: to[k][0..LANES), of a row of `to` with MAT_ROWS. Rows past the end repeat the last. */
+LORCH_INLINE void FN(mat_turn_floats)(float *to, const mat_product *p, int64_t row, int64_t from, int n, const quant_format *f) {
+    size_t stride = (size_t)p->act->n * f->bytes;
+    const char *w = p->weights + (size_t)row * stride + (size_t)from * f->bytes;
+    int k = 0, step = 16 / f->bytes;
+    if (row + LANES <= p->n_rows)
+        for (; k + step <= n; k += step) {
+            FN(mat_four) t = FN(v_turn)(w + k * f->bytes, stride);
+#define PUT(i, v) FN(f_store)(to + (k + i) * MAT_ROWS, v)
+#define PUT2(i, v) \
+    if (f == &quant_formats[QUANT_F16]) PUT(i, FN(f_half_low)(v)), PUT(i + 1, FN(f_half_low)((V)(v) >> 16)); \
+    else PUT(i, (F)((v) << 16)), PUT(i + 1, (F)((v) & (int32_t)0xffff0000));
+            if (step == 4) PUT(0, (F)t.a), PUT(1, (F)t.b), PUT(2, (F)t.c), PUT(3, (F)t.d);
+            else {
+                PUT2(0, t.a) PUT2(2, t.b) PUT2(4, t.c) PUT2(6, t.d)
+            }
+#undef PUT
+#undef PUT2
+        }
+    for (; k < n; k++)
+        for (int r = 0; r < LANES; r++) {
+            int64_t beyond = row + r - p->n_rows + 1;
+            to[k * MAT_ROWS + r] = quant_load_float(f, w + (size_t)(beyond > 0 ? r - beyond : r) * stride, k);
+        }
+}
+
+LORCH_INLINE void FN(mat_floats_slice)(const mat_product *p, int64_t row, int tiles, float *turned, float *c, int64_t from, const quant_format *f) {
+    int n = p->act->n - from < MAT_SLICE ? (int)(p->act->n - from) : MAT_SLICE;
+    for (int i = 0; i < tiles; i++) FN(mat_turn_floats)(turned + i * LANES, p, row + i * LANES, from, n, f);
+    FN(mat_outer_floats)(p->act->n_tok, tiles * LANES, p->act->x + from, p->act->n, turned, MAT_ROWS, n, c, MAT_ROWS);
+}
+
+static void FN(mat_multiply_floats)(const mat_product *p, int64_t row, int tiles, float *turned, float *c) {
+    for (int64_t from = 0; from < p->act->n; from += MAT_SLICE) switch ((int)(p->format - quant_formats)) {
+        case QUANT_F32: FN(mat_floats_slice)(p, row, tiles, turned, c, from, &quant_formats[QUANT_F32]); break;
+        case QUANT_F16: FN(mat_floats_slice)(p, row, tiles, turned, c, from, &quant_formats[QUANT_F16]); break;
+        default: FN(mat_floats_slice)(p, row, tiles, turned, c, from, &quant_formats[QUANT_BF16]); break;
+        }
+}
+
+/* Scratch: the sums, [n_tok][MAT_ROWS], then the tiles. Tiles go by pairs, so a last one may be idle. */
+static void FN(mat_multiply)(const mat_product *p, int64_t row, int rows, void *scratch) {
+    const mat_act *a = p->act;
+    float *c = scratch;
+    FN(mat_tile) *tile = (FN(mat_tile) *)(void *)(c + (size_t)a->n_tok * MAT_ROWS);
+    int tiles = (rows + 2 * LANES - 1) / (2 * LANES) * 2;
+    memset(c, 0, (size_t)a->n_tok * MAT_ROWS * sizeof(float));
+    if (p->format->kind == QUANT_FLOATS) FN(mat_multiply_floats)(p, row, tiles, (float *)(void *)tile, c);
+    else {
+        const mat_x *x = p->format->kind == QUANT_BLOCKS ? a->blocks : a->super;
+        for (int64_t slice = FN(mat_one)(p, row, tiles, c); slice * 256 < a->n; slice++) {
+            int64_t left = (a->n - slice * 256) / 32;
+            FN(mat_pass) pass = {tile, c, x + slice * a->n_tok, tiles, a->n_tok, left < 8 ? (int)left : 8, 0};
+            FN(mat_slice)(&pass, p, row, slice);
+        }
+    }
+    for (int t = 0; t < a->n_tok; t++) memcpy(p->out + t * p->n_rows + row, c + t * MAT_ROWS, (size_t)rows * sizeof(float));
+}
+
+/* ---- activations ---- */
+
+LORCH_INLINE void FN(mat_quantise_blocks)(mat_x *o, const float *x, int blocks) {
+    for (int i = 0; i < blocks; i++) {
+        const int8_t *q = o->q + 32 * i;
+        quant_activations(x + 32 * i, 32, o->q + 32 * i, &o->u.block.d[i]);
+        int even = 0, odd = 0;
+        for (int j = 0; j < 32; j++) even += j & 2 ? 0 : q[j], odd += j & 2 ? q[j] : 0;
+        o->u.block.sum[i] = (float)(even + odd);
+        o->start[i] = MAT_PAIRED ? (-even & 0xffff) | -odd * 65536 : -(even + odd);
+    }
+}
+
+LORCH_INLINE void FN(mat_quantise_super)(mat_x *o, const float *x) {
+    quant_activations(x, 256, o->q, &o->u.super.d);
+    for (int i = 0; i < 16; i++) {
+        const int8_t *q = o->q + 16 * i;
+        int even = 0, odd = 0;
+        for (int j = 0; j < 16; j++) even += j & 2 ? 0 : q[j], odd += j & 2 ? q[j] : 0;
+        o->u.super.sum16[i] = (int16_t)(even + odd);
+        o->start[i] = MAT_PAIRED ? (-even & 0xffff) | -odd * 65536 : -(even + odd);
+    }
+    for (int i = 0; i < 8; i++) o->u.super.sum32[i] = (int16_t)(o->u.super.sum16[2 * i] + o->u.super.sum16[2 * i + 1]);
+}
 
 static void FN(mat_quantise)(mat_act *a, unsigned kinds, int t) {
-    int8_t q[256];
     const float *x = a->x + t * a->n;
     if (kinds >> QUANT_BLOCKS & 1)
-        for (int64_t i = 0; i < a->n / 32; i++) {
-            quant_activations(x + i * 32, 32, q, &a->d32[t * (a->n / 32) + i]);
-            for (int j = 0; j < 32; j++) a->q32[t * a->n + i * 32 + j] = q[j];
-        }
+        for (int64_t i = 0; i < a->n / 32; i += 8)
+            FN(mat_quantise_blocks)(a->blocks + i / 8 * a->n_tok + t, x + 32 * i, a->n / 32 - i < 8 ? (int)(a->n / 32 - i) : 8);
     if (kinds >> QUANT_SUPERBLOCKS & 1)
-        for (int64_t i = 0; i < a->n / 256; i++) {
-            quant_activations(x + i * 256, 256, q, &a->d256[t * (a->n / 256) + i]);
-            for (int j = 0; j < 256; j++) a->q256[t * a->n + i * 256 + j] = q[j];
-            for (int j = 0; j < 16; j++) {
-                int sum = 0;
-                for (int k = 0; k < 16; k++) sum += q[16 * j + k];
-                a->sum[t * (a->n / 16) + i * 16 + j] = (int16_t)sum;
-            }
-        }
+        for (int64_t i = 0; i < a->n / 256; i++) FN(mat_quantise_super)(a->super + i * a->n_tok + t, x + 256 * i);
 }
 
 /* ---- vectors ---- */
@@ -1889,26 +2947,32 @@ LORCH_INLINE float FN(mat_tree)(float part[16]) { /* the fixed tree of the 16 pa
 
 /* exp(x) within 2 units in the last place (Cephes' expf, with fused steps), x clamped so that the result
  * is a normal number: n = round(x / ln 2), r = x - n ln 2, then a polynomial and the exponent n. */
-LORCH_INLINE float FN(mat_exp)(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float shifted = FMA(x, 1.44269504088896341f, 12582912.0f), n = shifted - 12582912.0f;
-    float r = FMA(n, -0.693359375f, x);
-    r = FMA(n, 2.12194440e-4f, r);
-    float p = FMA(1.9875691500e-4f, r, 1.3981999507e-3f);
-    p = FMA(p, r, 8.3334519073e-3f);
-    p = FMA(p, r, 4.1665795894e-2f);
-    p = FMA(p, r, 1.6666665459e-1f);
-    p = FMA(p, r, 5.0000001201e-1f);
-    p = FMA(p, r * r, r) + 1.0f;
-    return p * num_float((num_bits(shifted) - 0x4b400000u + 127u) << 23);
+LORCH_INLINE F FN(f_exp)(F x) {
+    x = FN(f_min)(FN(f_all)(88.0f), FN(f_max)(FN(f_all)(-87.0f), x)); /* the bounds first: a NaN passes */
+    F shifted = FN(f_fma)(x, FN(f_all)(1.44269504088896341f), FN(f_all)(12582912.0f)), n = shifted - 12582912.0f;
+    F r = FN(f_fma)(n, FN(f_all)(-0.693359375f), x);
+    r = FN(f_fma)(n, FN(f_all)(2.12194440e-4f), r);
+    F p = FN(f_fma)(FN(f_all)(1.9875691500e-4f), r, FN(f_all)(1.3981999507e-3f));
+    p = FN(f_fma)(p, r, FN(f_all)(8.3334519073e-3f));
+    p = FN(f_fma)(p, r, FN(f_all)(4.1665795894e-2f));
+    p = FN(f_fma)(p, r, FN(f_all)(1.6666665459e-1f));
+    p = FN(f_fma)(p, r, FN(f_all)(5.0000001201e-1f));
+    p = FN(f_fma)(p, r * r, r) + 1.0f;
+    return p * (F)(((V)shifted - 0x4b400000 + 127) << 23);
 }
 
 static void FN(mat_rms_norm)(float *out, const float *x, const float *w, int n, float eps) {
-    float part[16] = {0};
+    F sum[16 / LANES];
+    float part[16];
     int i = 0;
+    for (int j = 0; j < 16 / LANES; j++) sum[j] = (F){0};
     for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) part[j] = FMA(x[i + j], x[i + j], part[j]);
-    for (int j = 0; i + j < n; j++) part[j] = FMA(x[i + j], x[i + j], part[j]);
+        for (int j = 0; j < 16 / LANES; j++) {
+            F y = FN(f_load)(x + i + j * LANES);
+            sum[j] = FN(f_fma)(y, y, sum[j]);
+        }
+    memcpy(part, sum, sizeof part);
+    for (int j = 0; i + j < n; j++) part[j] = FN(f_fma)(FN(f_all)(x[i + j]), FN(f_all)(x[i + j]), FN(f_all)(part[j]))[0];
     float scale = 1.0f / sqrtf(FN(mat_tree)(part) / (float)n + eps);
     for (i = 0; i < n; i++) out[i] = x[i] * scale * w[i];
 }
@@ -1923,8 +2987,20 @@ static void FN(mat_rope)(float *x, const float *cos_sin, int n_rot, int pairs_ap
     }
 }
 
+/* The last elements of an array, fewer than LANES, in a vector of zeros. */
+LORCH_INLINE F FN(f_tail)(const float *p, int64_t n) {
+    float f[LANES] = {0};
+    memcpy(f, p, (size_t)n * sizeof(float));
+    return FN(f_load)(f);
+}
+
 static void FN(mat_swiglu)(float *gate, const float *up, int64_t n) { /* silu(gate) * up */
-    for (int64_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + FN(mat_exp)(-gate[i])) * up[i];
+    for (int64_t i = 0; i < n; i += LANES) {
+        int whole = n - i >= LANES;
+        F g = whole ? FN(f_load)(gate + i) : FN(f_tail)(gate + i, n - i), u = whole ? FN(f_load)(up + i) : FN(f_tail)(up + i, n - i);
+        g = g / (1.0f + FN(f_exp)(-g)) * u;
+        memcpy(gate + i, &g, whole ? sizeof g : (size_t)(n - i) * sizeof(float));
+    }
 }
 
 static void FN(mat_add)(float *x, const float *y, int64_t n) {
@@ -1932,7 +3008,11 @@ static void FN(mat_add)(float *x, const float *y, int64_t n) {
 }
 
 static void FN(mat_exp_shifted)(float *out, const float *x, int64_t n, float shift) {
-    for (int64_t i = 0; i < n; i++) out[i] = FN(mat_exp)(x[i] - shift);
+    for (int64_t i = 0; i < n; i += LANES) {
+        int whole = n - i >= LANES;
+        F e = FN(f_exp)((whole ? FN(f_load)(x + i) : FN(f_tail)(x + i, n - i)) - shift);
+        memcpy(out + i, &e, whole ? sizeof e : (size_t)(n - i) * sizeof(float));
+    }
 }
 
 /* ---- attention ---- */
@@ -1940,71 +3020,183 @@ static void FN(mat_exp_shifted)(float *out, const float *x, int64_t n, float shi
 /* Stores one token's key and value of one KV head at position `at` of its block. */
 static void FN(mat_store)(char *head, const float *k, const float *v, int at, int head_dim, int is_f16) {
     if (is_f16) {
-        uint16_t *ks = (uint16_t *)(void *)head, *vs = ks + head_dim * KV_BLOCK;
-        for (int d = 0; d < head_dim; d++) ks[d * KV_BLOCK + at] = num_to_f16(k[d]), vs[at * head_dim + d] = num_to_f16(v[d]);
+        uint16_t *ks = (uint16_t *)(void *)head, *vs = ks + head_dim * KV_BLOCK, half[MAX_HEAD_DIM];
+        for (int d = 0; d < head_dim; d++) half[d] = num_to_f16(k[d]), vs[at * head_dim + d] = num_to_f16(v[d]);
+        for (int d = 0; d < head_dim; d++) ks[d * KV_BLOCK + at] = half[d];
     } else {
         float *ks = (float *)(void *)head, *vs = ks + head_dim * KV_BLOCK;
         for (int d = 0; d < head_dim; d++) ks[d * KV_BLOCK + at] = k[d], vs[at * head_dim + d] = v[d];
     }
 }
 
-/* One query against the first n positions of one block, with the running maximum m[0], sum m[1] and
- * weighted values acc of online softmax (Milakov and Gimelshein, 2018). */
-LORCH_INLINE void FN(mat_attend_block)(const float *q, const float *k, const float *v, int n, int head_dim, float scale,
-                                       float *m, float *acc) {
-    float s[KV_BLOCK] = {0}, part[16] = {0}, top = m[0];
-    for (int d = 0; d < head_dim; d++)
-        for (int j = 0; j < KV_BLOCK; j++) s[j] = FMA(q[d], k[d * KV_BLOCK + j], s[j]);
-    for (int j = 0; j < n; j++) s[j] *= scale, top = s[j] > top ? s[j] : top;
-    for (int j = 0; j < KV_BLOCK; j++) {
-        s[j] = j < n ? FN(mat_exp)(s[j] - top) : 0;
-        part[j % 16] += s[j];
+/* Online softmax (Milakov and Gimelshein, 2018) of one query over the first n scores of one block: s turns
+ * into weights, 0 beyond n; the running maximum m[0], sum m[1] and weighted values acc are brought up to date. */
+LORCH_INLINE void FN(mat_soften)(float *s, int n, float scale, float *m, float *acc, int head_dim) {
+    float part[16], lane[LANES], top = m[0];
+    int32_t number[LANES];
+    F sum[16 / LANES], most = FN(f_all)(m[0]);
+    for (int i = 0; i < LANES; i++) number[i] = i;
+    V index = FN(v_load)(number);
+    for (int j = 0; j < KV_BLOCK; j += LANES) {
+        V used = index + j < n;
+        F y = FN(f_load)(s + j) * scale;
+        FN(f_store)(s + j, y);
+        most = FN(f_max)((F)(((V)y & used) | ((V)most & ~used)), most); /* a NaN is passed over */
     }
-    float keep = FN(mat_exp)(m[0] - top);
+    FN(f_store)(lane, most);
+    for (int i = 0; i < LANES; i++) top = lane[i] > top ? lane[i] : top;
+    for (int j = 0; j < 16 / LANES; j++) sum[j] = (F){0};
+    for (int j = 0; j < KV_BLOCK; j += 16)
+        for (int i = 0; i < 16 / LANES; i++) {
+            F e = FN(f_exp)(FN(f_load)(s + j + i * LANES) - top);
+            e = (F)((V)e & (index + (j + i * LANES) < n));
+            FN(f_store)(s + j + i * LANES, e);
+            sum[i] += e;
+        }
+    memcpy(part, sum, sizeof part);
+    float keep = FN(f_exp)(FN(f_all)(m[0] - top))[0];
     m[0] = top;
     m[1] = m[1] * keep + FN(mat_tree)(part);
-    for (int d = 0; d < head_dim; d++) acc[d] *= keep;
-    for (int j = 0; j < n; j++)
-        for (int d = 0; d < head_dim; d++) acc[d] = FMA(s[j], v[j * head_dim + d], acc[d]);
+    if (keep != 1.0f)
+        for (int d = 0; d < head_dim; d++) acc[d] *= keep;
+}
+
+typedef struct { /* scratch of one call of attend */
+    float *k, *v;   /* a block's [head_dim][KV_BLOCK] and [KV_BLOCK][head_dim] as floats */
+    float *q, *acc; /* [queries][head_dim] */
+    float *s;       /* [queries][KV_BLOCK] */
+    float *m;       /* [queries][2] running maximum and sum */
+    int heads, n_tok;
+} FN(mat_attending);
+
+LORCH_INLINE void FN(mat_to_floats)(float *to, const uint16_t *from, int n) {
+    for (int i = 0; i < n; i += LANES) FN(f_store)(to + i, FN(f_half)(from + i)); /* n is a multiple of KV_BLOCK */
+}
+
+/* c += a * b with b as it lies in the cache, or as floats when enough queries repay the conversion. */
+LORCH_INLINE void FN(mat_attend_product)(int half, int queries, int columns, const float *a, int64_t lda, const char *b, int n_k, float *c, int64_t ldc) {
+    if (half) FN(mat_outer_halves)(queries, columns, a, lda, (const uint16_t *)(const void *)b, columns, n_k, c, ldc);
+    else FN(mat_outer_floats)(queries, columns, a, lda, (const float *)(const void *)b, columns, n_k, c, ldc);
+}
+
+/* All queries against block b of their sequence; tokens from `from` on, token i sees positions up to pos[i]. */
+static void FN(mat_attend_block)(const mat_attention *a, const FN(mat_attending) *w, const int32_t *pos, int b, const char *head) {
+    int hd = a->head_dim, heads = w->heads, first = 0, half = a->is_f16;
+    while (pos[first] < b * KV_BLOCK) first++; /* tokens before this block */
+    int queries = (w->n_tok - first) * heads, from = first * heads;
+    const char *k = head, *v = head + (size_t)hd * KV_BLOCK * (half ? 2 : 4);
+    if (half && queries > 6) {
+        FN(mat_to_floats)(w->k, (const uint16_t *)(const void *)head, 2 * hd * KV_BLOCK); /* v follows k in both */
+        k = (const char *)w->k, v = (const char *)w->v, half = 0;
+    }
+    memset(w->s + from * KV_BLOCK, 0, (size_t)queries * KV_BLOCK * sizeof(float));
+    FN(mat_attend_product)(half, queries, KV_BLOCK, w->q + from * hd, hd, k, hd, w->s + from * KV_BLOCK, KV_BLOCK);
+    int common = pos[first] + 1 - b * KV_BLOCK, size = half ? 2 : 4;
+    if (common > KV_BLOCK) common = KV_BLOCK;
+    for (int t = first; t < w->n_tok; t++) {
+        int n = pos[t] + 1 - b * KV_BLOCK;
+        for (int i = t * heads; i < (t + 1) * heads; i++)
+            FN(mat_soften)(w->s + i * KV_BLOCK, n < KV_BLOCK ? n : KV_BLOCK, a->scale, w->m + 2 * i, w->acc + i * hd, hd);
+    }
+    FN(mat_attend_product)(half, queries, hd, w->s + from * KV_BLOCK, KV_BLOCK, v, common, w->acc + from * hd, hd);
+    for (int t = first; t < w->n_tok; t++) { /* what the later tokens see beyond the first */
+        int n = pos[t] + 1 - b * KV_BLOCK;
+        n = (n < KV_BLOCK ? n : KV_BLOCK) - common;
+        if (n > 0)
+            FN(mat_attend_product)(half, heads, hd, w->s + t * heads * KV_BLOCK + common, KV_BLOCK, v + (size_t)(common * hd * size), n, w->acc + t * heads * hd, hd);
+    }
 }
 
 /* All tokens of a group, all query heads that share one KV head; blocks in order from position 0. */
-static void FN(mat_attend)(const mat_attention *a, int group, int head_kv, float *scratch) {
-    int hd = a->head_dim, heads = a->n_head / a->n_head_kv, from = a->group[group], to = a->group[group + 1];
-    float *k = scratch, *v = k + hd * KV_BLOCK, *state = v + hd * KV_BLOCK;
-    for (int i = 0; i < (to - from) * heads; i++) {
-        float *m = state + i * (hd + 2);
-        memset(m, 0, (size_t)(hd + 2) * sizeof(float));
-        m[0] = -1e30f;
-    }
-    for (int b = 0; b <= a->pos[to - 1] / KV_BLOCK; b++) {
+static void FN(mat_attend)(const mat_attention *a, int group, int head_kv, void *scratch) {
+    int hd = a->head_dim, heads = a->n_head / a->n_head_kv, from = a->group[group], n_tok = a->group[group + 1] - from;
+    size_t row = (size_t)(a->n_head * hd), column = (size_t)(head_kv * heads * hd);
+    float *f = scratch;
+    FN(mat_attending) w = {f, f + hd * KV_BLOCK, f + 2 * hd * KV_BLOCK, NULL, NULL, NULL, heads, n_tok};
+    w.acc = w.q + n_tok * heads * hd, w.s = w.acc + n_tok * heads * hd, w.m = w.s + n_tok * heads * KV_BLOCK;
+    for (int t = 0; t < n_tok; t++) memcpy(w.q + t * heads * hd, a->q + (size_t)(from + t) * row + column, (size_t)(heads * hd) * sizeof(float));
+    memset(w.acc, 0, (size_t)(n_tok * heads * hd) * sizeof(float));
+    for (int i = 0; i < n_tok * heads; i++) w.m[2 * i] = -1e30f, w.m[2 * i + 1] = 0;
+    for (int b = 0; b <= a->pos[from + n_tok - 1] / KV_BLOCK; b++) {
         const char *head = a->layer + a->blocks[from][b] * a->block_bytes + (size_t)head_kv * a->head_bytes;
-        for (int i = 0; i < 2 * hd * KV_BLOCK; i++)
-            k[i] = a->is_f16 ? num_from_f16(((const uint16_t *)(const void *)head)[i]) : ((const float *)(const void *)head)[i];
-        for (int t = from; t < to; t++) {
-            int n = a->pos[t] + 1 - b * KV_BLOCK;
-            for (int h = 0; h < heads && n > 0; h++) {
-                float *m = state + ((t - from) * heads + h) * (hd + 2);
-                const float *q = a->q + (size_t)t * (size_t)(a->n_head * hd) + (head_kv * heads + h) * hd;
-                FN(mat_attend_block)(q, k, v, n < KV_BLOCK ? n : KV_BLOCK, hd, a->scale, m, m + 2);
-            }
-        }
+        if (b < a->pos[from + n_tok - 1] / KV_BLOCK && n_tok == 1)
+            FN(mat_fetch)(a->layer + a->blocks[from][b + 1] * a->block_bytes + (size_t)head_kv * a->head_bytes, (int)a->head_bytes);
+        FN(mat_attend_block)(a, &w, a->pos + from, b, head);
     }
-    for (int t = from; t < to; t++)
+    for (int t = 0; t < n_tok; t++)
         for (int h = 0; h < heads; h++) {
-            const float *m = state + ((t - from) * heads + h) * (hd + 2);
-            float *out = a->out + (size_t)t * (size_t)(a->n_head * hd) + (head_kv * heads + h) * hd;
-            for (int d = 0; d < hd; d++) out[d] = m[2 + d] / m[1];
+            const float *acc = w.acc + (t * heads + h) * hd, sum = w.m[2 * (t * heads + h) + 1];
+            float *out = a->out + (size_t)(from + t) * row + column + (size_t)(h * hd);
+            for (int d = 0; d < hd; d++) out[d] = acc[d] / sum;
         }
 }
+
+/* ---- for lorch bench ---- */
+
+#if MAT_DOT == MAT_PLAIN
+#define OPAQUE(x) __asm__ volatile("" : "+m"(x))
+#elif LANES >= 8
+#define OPAQUE(x) __asm__ volatile("" : "+v"(x))
+#else
+#define OPAQUE(x) __asm__ volatile("" : "+w"(x))
+#endif
+static double FN(mat_peak)(int64_t n) { /* 12 chains hide the instruction's latency */
+    V w = FN(v_all)(0x01020304), x = FN(v_all)(0x04030201);
+#define S(t) V a##t = {0}, b##t = {0};
+    EVERY(S)
+#undef S
+    for (int64_t i = 0; i < n; i++) {
+        OPAQUE(w);
+        OPAQUE(x);
+#define S(t) a##t = FN(v_dot)(a##t, w, x), b##t = FN(v_dot)(b##t, w, x);
+        EVERY(S)
+#undef S
+    }
+#define S(t) w += a##t + b##t;
+    EVERY(S)
+#undef S
+    OPAQUE(w);
+    return (double)n * 12 * LANES * 4 * 2;
+}
+
+static uint64_t FN(mat_read)(const void *p, size_t n) {
+    const char *c = p;
+    V a = {0}, b = {0};
+    size_t i = 0;
+    for (; i + 256 <= n; i += 256) {
+        FN(mat_fetch)(c + i + 4096, 256);
+        for (size_t j = 0; j < 256; j += 2 * sizeof a) a += FN(v_load)(c + i + j), b += FN(v_load)(c + i + j + sizeof a);
+    }
+    a += b;
+    uint64_t sum = (uint64_t)(uint32_t)a[0];
+    for (; i < n; i++) sum += (unsigned char)c[i];
+    return sum;
+}
+#undef OPAQUE
 
 #define LORCH_STRING2(s) #s
 #define LORCH_STRING(s) LORCH_STRING2(s)
 static const mat_kernels FN(mat_table) = {
-    LORCH_STRING(LORCH_LEVEL), FN(mat_multiply), FN(mat_quantise), FN(mat_rms_norm), FN(mat_rope), FN(mat_store),
-    FN(mat_attend), FN(mat_swiglu), FN(mat_add), FN(mat_exp_shifted)};
+    LORCH_STRING(LORCH_LEVEL), FN(mat_multiply), FN(mat_quantise), FN(mat_rms_norm), FN(mat_rope), FN(mat_store), FN(mat_attend),
+    FN(mat_swiglu), FN(mat_add), FN(mat_exp_shifted), FN(mat_peak), FN(mat_read)};
 #undef LORCH_STRING
 #undef LORCH_STRING2
+#undef V
+#undef F
+#undef KEEP
+#undef FMA
+#undef MAT_PAIRED
+#undef MAT_SIGNED
+#undef STORE
+#undef TILE
+#undef TILE_F
+#undef LOW
+#undef HIGH
+#undef Q6_CODES
+#undef EVERY
+#undef EACH
+#undef LANES
+#undef MAT_DOT
 
 #endif /* LORCH_LEVEL */
 #ifndef LORCH_LEVEL
@@ -3211,8 +4403,8 @@ typedef struct {
     float *att, *gate, *up;     /* [max_tokens][n_head*head_dim]; [max_tokens][n_ff] x2 */
     float *cos_sin;             /* [max_tokens][n_rot] */
     float *logits;              /* [max_logits][n_vocab], in the order of the tokens that wanted them */
-    float *scratch;             /* [threads][scratch_floats] */
-    size_t scratch_floats;
+    char *scratch;              /* [threads][scratch_bytes] of the kernels */
+    size_t scratch_bytes;
     int32_t *group;             /* [max_tokens + 1] */
     mat_act act;
     char *pages;                /* what all of the above lies in */
@@ -3221,7 +4413,7 @@ typedef struct {
     model_layer *layer;
     char *kv_layer;             /* the layer in KV block 0 */
     mat_product product[3];
-    int n_products;
+    int n_products, item_rows;  /* the products' rows are shared out by item_rows */
 } model_run;
 
 /* Lays out the scratch: with base NULL it only counts. */
@@ -3230,7 +4422,8 @@ static size_t model_run_layout(model_run *r, char *base) {
     size_t at = 0, n = (size_t)r->max_tokens, q = (size_t)m->n_head * (size_t)m->head_dim, kv = (size_t)m->n_head_kv * (size_t)m->head_dim;
     size_t widest = (size_t)(m->n_embd > m->n_ff ? m->n_embd : m->n_ff);
     widest = q > widest ? q : widest;
-    r->scratch_floats = (mat_attention_scratch(m->n_head, m->n_head_kv, m->head_dim) + 15) / 16 * 16;
+    size_t attention = mat_attention_scratch(m->n_head, m->n_head_kv, m->head_dim), product = mat_scratch(r->max_tokens);
+    r->scratch_bytes = ((attention > product ? attention : product) + 63) / 64 * 64 + 64; /* not a power of two apart */
 #define TAKE(field, type, count) r->field = (type *)(void *)(base + at), at += ((size_t)(count) * sizeof(type) + 63) / 64 * 64
     TAKE(x, float, n * (size_t)m->n_embd);
     TAKE(xn, float, n * (size_t)m->n_embd);
@@ -3241,13 +4434,10 @@ static size_t model_run_layout(model_run *r, char *base) {
     TAKE(up, float, n * (size_t)m->n_ff);
     TAKE(cos_sin, float, n * (size_t)m->n_rot);
     TAKE(logits, float, (size_t)r->max_logits * (size_t)m->n_vocab);
-    TAKE(scratch, float, (size_t)r->threads->n_threads * r->scratch_floats);
+    TAKE(scratch, char, (size_t)r->threads->n_threads * r->scratch_bytes);
     TAKE(group, int32_t, n + 1);
-    TAKE(act.q32, int16_t, n * widest);
-    TAKE(act.d32, float, n * widest / 32 + 1);
-    TAKE(act.q256, int16_t, n * widest);
-    TAKE(act.d256, float, n * widest / 256 + 1);
-    TAKE(act.sum, int16_t, n * widest / 16 + 1);
+    TAKE(act.blocks, mat_x, n * (widest + 255) / 256 + n);
+    TAKE(act.super, mat_x, n * (widest / 256));
 #undef TAKE
     return at;
 }
@@ -3279,14 +4469,16 @@ static void model_run_close(model_run *r) {
 
 /* ---- products: up to three matrices that share their input, their row tiles shared out together ---- */
 
-static int64_t model_tiles(const mat_product *p) { return (p->n_rows + ROW_TILE - 1) / ROW_TILE; }
+static int64_t model_items(const model_run *r, int i) { return (r->product[i].n_rows + r->item_rows - 1) / r->item_rows; }
 
 static void model_multiply_item(void *ctx, int64_t item, int thread) {
     model_run *r = ctx;
     int i = 0;
-    (void)thread;
-    while (item >= model_tiles(&r->product[i])) item -= model_tiles(&r->product[i++]);
-    r->k->multiply(&r->product[i], item * ROW_TILE);
+    while (item >= model_items(r, i)) item -= model_items(r, i), i++;
+    const mat_product *p = &r->product[i];
+    int64_t row = item * r->item_rows, end = row + r->item_rows < p->n_rows ? row + r->item_rows : p->n_rows;
+    for (; row < end; row += MAT_ROWS)
+        r->k->multiply(p, row, end - row < MAT_ROWS ? (int)(end - row) : MAT_ROWS, r->scratch + (size_t)thread * r->scratch_bytes);
 }
 
 static void model_product(model_run *r, const model_matrix *w, float *out) {
@@ -3294,11 +4486,15 @@ static void model_product(model_run *r, const model_matrix *w, float *out) {
     r->product[r->n_products++] = p;
 }
 
-/* Computes the products that model_product has collected. */
+/* Computes the products that model_product has collected. For a few tokens the rows go out in longer runs,
+ * so that a thread mostly fetches ahead for itself; for many, in short ones where there are few rows. */
 static void model_multiply(model_run *r) {
-    int64_t tiles = 0;
-    for (int i = 0; i < r->n_products; i++) tiles += model_tiles(&r->product[i]);
-    pool_run(r->threads, model_multiply_item, r, tiles);
+    int64_t items = 0, rows = 0;
+    for (int i = 0; i < r->n_products; i++) rows += r->product[i].n_rows;
+    int64_t share = rows / (r->threads->n_threads * 8) / MAT_ROWS * MAT_ROWS, most = r->act.n_tok > 4 ? MAT_ROWS : 4 * MAT_ROWS;
+    r->item_rows = share < MAT_ROWS / 2 ? MAT_ROWS / 2 : share < MAT_ROWS ? MAT_ROWS : (int)(share < most ? share : most);
+    for (int i = 0; i < r->n_products; i++) items += model_items(r, i);
+    pool_run(r->threads, model_multiply_item, r, items);
     r->n_products = 0;
 }
 
@@ -3357,19 +4553,19 @@ static void model_store_token(void *ctx, int64_t t, int thread) {
 static void model_attend_item(void *ctx, int64_t item, int thread) {
     const mat_attention *a = ((void **)ctx)[0];
     const model_run *r = ((void **)ctx)[1];
-    r->k->attend(a, (int)(item / a->n_head_kv), (int)(item % a->n_head_kv), a->scratch + (size_t)thread * a->scratch_floats);
+    r->k->attend(a, (int)(item / a->n_head_kv), (int)(item % a->n_head_kv), r->scratch + (size_t)thread * r->scratch_bytes);
 }
 
-/* Groups neighbours of one sequence by up to ATTN_TOKENS, then runs all groups and KV heads. */
+/* Groups neighbours of one sequence, then runs all groups and KV heads. */
 static void model_attend(model_run *r) {
     const model *m = r->m;
     const model_batch *b = r->batch;
-    int groups = 0;
+    int groups = 0, most = mat_attention_tokens(m->n_head, m->n_head_kv);
     for (int t = 0; t < b->n; t++)
-        if (t == 0 || b->blocks[t] != b->blocks[t - 1] || t - r->group[groups - 1] == ATTN_TOKENS) r->group[groups++] = t;
+        if (t == 0 || b->blocks[t] != b->blocks[t - 1] || t - r->group[groups - 1] == most) r->group[groups++] = t;
     r->group[groups] = b->n;
     mat_attention a = {r->q, r->att, b->pos, b->blocks, r->group, r->kv_layer, r->kv->layout.block_bytes, r->kv->layout.head_bytes,
-                       r->kv->layout.is_f16, m->n_head, m->n_head_kv, m->head_dim, m->attn_scale, r->scratch, r->scratch_floats};
+                       r->kv->layout.is_f16, m->n_head, m->n_head_kv, m->head_dim, m->attn_scale};
     void *ctx[2] = {&a, r};
     pool_run(r->threads, model_attend_item, ctx, (int64_t)groups * m->n_head_kv);
 }
@@ -3415,13 +4611,14 @@ static void model_input(model_run *r, const float *x, int64_t n, int n_tok) { r-
 static int model_output(model_run *r) {
     const model *m = r->m;
     int n = 0;
-    model_input(r, r->xn, m->n_embd, 0);
+    for (int t = 0; t < r->batch->n; t++) n += r->batch->want[t] != 0;
+    model_input(r, r->xn, m->n_embd, n);
+    n = 0;
     for (int t = 0; t < r->batch->n; t++) {
         if (!r->batch->want[t]) continue;
         r->k->rms_norm(r->xn + (int64_t)n * m->n_embd, r->x + (int64_t)t * m->n_embd, m->output_norm, m->n_embd, m->eps);
         model_quantise(r, n++, &m->output, NULL, NULL);
     }
-    r->act.n_tok = n;
     model_product(r, &m->output, r->logits);
     if (n) model_multiply(r);
     else r->n_products = 0;
@@ -3605,6 +4802,7 @@ static int sample_finite(const float *logits, int n) { /* branch-free, so that i
 
 enum engine_state { JOB_INTAKE, JOB_QUEUED, JOB_PREFILL, JOB_DECODE, JOB_DONE };
 enum engine_event_type { EVENT_REFUSED, EVENT_STARTED, EVENT_PREFILL, EVENT_TOKEN, EVENT_METRICS, EVENT_END, EVENT_ERROR };
+enum engine_cancel_cause { CANCEL_NONE, CANCEL_ASKED, CANCEL_DRAIN }; /* DRAIN: another worker may run the job */
 enum engine_outcome { OUTCOME_SUCCESS, OUTCOME_ERROR, OUTCOME_CANCELLED, OUTCOME_TIMEOUT, OUTCOME_REJECTED, OUTCOMES };
 
 /* Codes of the contract with their HTTP status. */
@@ -3647,6 +4845,8 @@ struct engine_job {
     sample_params sample;
     int max_tokens, n_stop, ignore_eos, special, resume_from;
     int64_t deadline_unix_ms;  /* 0: none */
+    uint64_t deadline_ms;      /* as the request gave it, from its arrival */
+    int has_seed, has_deadline;
     buf field_errors;          /* JSON objects, separated by commas: intake refuses the job with them */
     engine_sink sink;
     void *user;                /* the sink's */
@@ -3655,7 +4855,7 @@ struct engine_job {
     engine_job *next_live, *next_queued;
     int refs;                  /* the engine's and the submitter's */
     /* atomic */
-    int cancel;
+    int cancel;                /* enum engine_cancel_cause */
     /* the engine's */
     int32_t *token;            /* [n_prompt + max_tokens] */
     int n_prompt, n_out, n_computed; /* n_computed: positions whose keys and values are in the cache */
@@ -3720,6 +4920,7 @@ typedef struct {
     engine_job *batch_job[MAX_PARALLEL]; /* of the batch that runs */
     int n_batch;
     int calibrating;
+    const char *threads_because; /* what decided their number */
     int64_t progress_ms;      /* atomic: when the engine last made progress, on the monotonic clock */
 } engine;
 
@@ -3812,7 +5013,8 @@ static void engine_refuse(engine *e, engine_job *j, const engine_error *error, c
 
 /* Why a job must end now, or NULL. t_cancel is written once, by the canceller, before `cancel`. */
 static const engine_error *engine_must_end(const engine *e, engine_job *j, const char **message) {
-    if (__atomic_load_n(&j->cancel, __ATOMIC_ACQUIRE)) return *message = "the job was cancelled", &ERR_CANCELLED;
+    int cancel = __atomic_load_n(&j->cancel, __ATOMIC_ACQUIRE);
+    if (cancel) return *message = cancel == CANCEL_DRAIN ? "the worker is shutting down" : "the job was cancelled", &ERR_CANCELLED;
     if (j->deadline_unix_ms && sys_unix_ms() > j->deadline_unix_ms) return *message = "the job's deadline has passed", &ERR_TIMEOUT;
     if (e->inference_timeout_s && j->t_run > 0 && sys_now() - j->t_run > e->inference_timeout_s)
         return *message = "the job ran longer than --inference-timeout-sec allows", &ERR_TIMEOUT;
@@ -3981,7 +5183,7 @@ static const engine_error *engine_submit(engine *e, engine_job *j) {
     if (why) e->stats.outcome[OUTCOME_REJECTED]++;
     else {
         const engine_memory *r = id.len ? engine_remembered(e, id, j->t_submit) : NULL;
-        if (r && !r->ended) j->cancel = 1, j->t_cancel = j->t_submit;
+        if (r && !r->ended) j->cancel = CANCEL_ASKED, j->t_cancel = j->t_submit;
         j->refs++, j->state = JOB_INTAKE;
         j->next_live = e->live, e->live = j;
         j->next_queued = NULL;
@@ -3995,10 +5197,16 @@ static const engine_error *engine_submit(engine *e, engine_job *j) {
     return why;
 }
 
-static void engine_cancel_job(engine *e, engine_job *j) { /* under lock */
+static void engine_count_rejected(engine *e) { /* a job that was refused before it was submitted */
+    pthread_mutex_lock(&e->lock);
+    e->stats.outcome[OUTCOME_REJECTED]++;
+    pthread_mutex_unlock(&e->lock);
+}
+
+static void engine_cancel_job(engine *e, engine_job *j, enum engine_cancel_cause cause) { /* under lock */
     if (!j->cancel) {
         j->t_cancel = sys_now();
-        __atomic_store_n(&j->cancel, 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&j->cancel, (int)cause, __ATOMIC_RELEASE);
     }
     pthread_cond_signal(&e->work);
     pthread_cond_signal(&e->intake);
@@ -4009,7 +5217,7 @@ static int engine_cancel(engine *e, str id) {
     int found = 0;
     pthread_mutex_lock(&e->lock);
     for (engine_job *j = e->live; j; j = j->next_live)
-        if (str_eq(buf_str(&j->id), id)) engine_cancel_job(e, j), found = 1;
+        if (str_eq(buf_str(&j->id), id)) engine_cancel_job(e, j, CANCEL_ASKED), found = 1;
     if (!found) {
         const engine_memory *r = engine_remembered(e, id, sys_now());
         if (r && r->ended) found = 2;
@@ -4017,6 +5225,21 @@ static int engine_cancel(engine *e, str id) {
     }
     pthread_mutex_unlock(&e->lock);
     return found;
+}
+
+static void engine_cancel_one(engine *e, engine_job *j) { /* a job that the caller holds a reference to */
+    pthread_mutex_lock(&e->lock);
+    engine_cancel_job(e, j, CANCEL_ASKED);
+    pthread_mutex_unlock(&e->lock);
+}
+
+/* Takes no more jobs, and cancels those that have not begun (all: those that run as well). */
+static void engine_drain(engine *e, int all) {
+    pthread_mutex_lock(&e->lock);
+    e->draining = 1;
+    for (engine_job *j = e->live; j; j = j->next_live)
+        if (all || j->state < JOB_PREFILL) engine_cancel_job(e, j, CANCEL_DRAIN);
+    pthread_mutex_unlock(&e->lock);
 }
 
 /* ---- text: from tokens to events ---- */
@@ -4382,16 +5605,22 @@ static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, s
     return 1;
 }
 
-static void engine_close(engine *e) {
-    if (!e) return;
+/* Cancels what is left and waits until both threads have ended: afterwards no sink is called any more. */
+static void engine_join(engine *e) {
     pthread_mutex_lock(&e->lock);
     e->stop = 1;
-    for (engine_job *j = e->live; j; j = j->next_live) engine_cancel_job(e, j);
+    for (engine_job *j = e->live; j; j = j->next_live) engine_cancel_job(e, j, CANCEL_DRAIN);
     pthread_cond_broadcast(&e->work);
     pthread_cond_broadcast(&e->intake);
     pthread_mutex_unlock(&e->lock);
     if (e->n_started > 0) pthread_join(e->intake_thread, NULL);
     if (e->n_started > 1) pthread_join(e->engine_thread, NULL);
+    e->n_started = 0;
+}
+
+static void engine_close(engine *e) {
+    if (!e) return;
+    engine_join(e);
     if (e->threads.n_threads) pool_stop(&e->threads);
     model_run_close(&e->run);
     kv_pool_close(&e->kv);
@@ -4405,11 +5634,11 @@ static void engine_close(engine *e) {
 
 static int engine_open_parts(engine *e, char *err, size_t cap) {
     kv_layout layout;
-    int n_blocks;
-    const char *reason;
+    int n_blocks = 0;
     lorch_options *o = &e->options;
     if (!(e->k = mat_choose(err, cap))) return 0;
-    if (o->n_threads <= 0) o->n_threads = sys_default_threads(&reason);
+    e->threads_because = "asked for";
+    if (o->n_threads <= 0) o->n_threads = sys_default_threads(&e->threads_because);
     if (o->chunk <= 0) o->chunk = 256;
     if (!engine_size(e, &layout, &n_blocks, err, cap)) return 0;
     for (int i = 0; i < e->m->tok->n; i++)
@@ -4591,9 +5820,7 @@ static void embed_deliver(lorch *l, engine_job *j, embed_call *c, lorch_token_fn
         pthread_mutex_unlock(&c->lock);
         if (fn && !stopped && fn(&it->token, user)) {
             stopped = 1;
-            pthread_mutex_lock(&l->e->lock);
-            engine_cancel_job(l->e, j);
-            pthread_mutex_unlock(&l->e->lock);
+            engine_cancel_one(l->e, j);
         }
         free(it);
         pthread_mutex_lock(&c->lock);
@@ -4642,6 +5869,7 @@ enum http_chunk { CHUNK_SIZE, CHUNK_EXT, CHUNK_SIZE_LF, CHUNK_DATA, CHUNK_DATA_C
 enum {
     HTTP_MAX_EXT = 1024,         /* bytes of chunk extensions in one request: nobody uses them */
     HTTP_MAX_TRAILER = 8192,     /* bytes of trailers, which are discarded */
+    HTTP_MAX_IN = 1 << 16,       /* bytes read ahead of what has been processed */
     HTTP_MAX_OUT = 1 << 18,      /* unsent bytes beyond which pipelined requests must wait */
     HTTP_LINGER_MS = 1000        /* how long unread bytes are drained after an early answer */
 };
@@ -4671,19 +5899,23 @@ typedef struct {
     uint64_t chunk_left;
     int chunk_digits;
     size_t chunk_extra, trailer_bytes, trailer_line;
+    int trailer_named;    /* the trailer line has had its colon */
     double t_input;       /* when the present state's wait for input began */
     double t_output;      /* when bytes last went out, or output was last empty */
+    int body_done;        /* the request's body has been read, or it has none */
     int eof;              /* the peer has sent its FIN */
     int close_after;      /* close once `out` is sent */
     char correlation[65];
     struct route_stream *stream;
 } http_conn;
 
+static int http_is_tchar(char c) {
+    return (c >= '0' && c <= '9') || (str_lower(c) >= 'a' && str_lower(c) <= 'z') || (c && strchr("!#$%&'*+-.^_`|~", c));
+}
+
 static int http_is_token(str s) { /* RFC 9110's token, not empty */
-    for (size_t i = 0; i < s.len; i++) {
-        unsigned char c = (unsigned char)s.ptr[i];
-        if (!((c >= '0' && c <= '9') || (str_lower((char)c) >= 'a' && str_lower((char)c) <= 'z') || (c && strchr("!#$%&'*+-.^_`|~", c)))) return 0;
-    }
+    for (size_t i = 0; i < s.len; i++)
+        if (!http_is_tchar(s.ptr[i])) return 0;
     return s.len > 0;
 }
 
@@ -4741,7 +5973,6 @@ static int http_valid_host(str h) { /* host [ ":" port ], characters only */
 
 /* request-line = method SP request-target SP HTTP-version */
 static const engine_error *http_parse_line(http_request *r, str line) {
-    static const char *const known[] = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"};
     const char *a = memchr(line.ptr, ' ', line.len);
     if (!a) return &ERR_INVALID;
     const char *rest = a + 1, *b = memchr(rest, ' ', line.len - (size_t)(rest - line.ptr));
@@ -4756,9 +5987,6 @@ static const engine_error *http_parse_line(http_request *r, str line) {
     r->minor = version.ptr[7] - '0';
     for (size_t i = 0; i < target.len; i++)
         if ((unsigned char)target.ptr[i] <= ' ' || (unsigned char)target.ptr[i] >= 0x7f) return &ERR_INVALID;
-    int is_known = 0;
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++) is_known |= str_is(r->method, known[i]);
-    if (!is_known) return &ERR_NOT_IMPLEMENTED;
     if (target.len > 7 && str_ieq(str_make(target.ptr, 7), "http://")) { /* absolute-form: what a proxy gets */
         const char *slash = memchr(target.ptr + 7, '/', target.len - 7);
         target = slash ? str_make(slash, target.len - (size_t)(slash - target.ptr)) : str_make("/", 1);
@@ -4829,6 +6057,26 @@ static const engine_error *http_parse_head(http_request *r, str head) {
     return http_parse_framing(r);
 }
 
+/* Takes a request's head from c->in. 1: c->req holds it; 0: more is needed; -1: *error. */
+static int http_read_head(http_conn *c, const engine_error **error) {
+    size_t end = 0;
+    if (c->in.len && c->in.ptr[0] == '\r' && !c->skipped_line) { /* one empty line before a request is forgiven */
+        if (c->in.len < 2) return 0;
+        if (c->in.ptr[1] == '\n') buf_drop(&c->in, 2), c->skipped_line = 1;
+    }
+    int found = http_scan(c->in.ptr, c->in.len, &c->scanned, &end, error);
+    if (found <= 0) return found;
+    c->head.len = 0;
+    buf_add(&c->head, c->in.ptr, end);
+    buf_drop(&c->in, end);
+    c->scanned = 0, c->skipped_line = 0;
+    *error = c->head.failed ? &ERR_HEADERS : http_parse_head(&c->req, buf_str(&c->head));
+    c->body.len = 0, c->body_done = c->req.body_kind == BODY_NONE;
+    c->chunk = CHUNK_SIZE, c->chunk_left = 0, c->chunk_digits = 0;
+    c->chunk_extra = c->trailer_bytes = 0;
+    return *error ? -1 : 1;
+}
+
 /* Takes one byte of a chunked body outside the data itself.
  *   chunk = 1*16HEXDIG [ ";" extension ] CRLF data CRLF;  last = "0" [...] CRLF *( trailer CRLF ) CRLF */
 static const engine_error *http_chunk_byte(http_conn *c, char ch) {
@@ -4853,17 +6101,19 @@ static const engine_error *http_chunk_byte(http_conn *c, char ch) {
         if (ch != '\n') return &ERR_INVALID;
         if (c->chunk_left > MAX_BODY_BYTES - c->body.len) return &ERR_TOO_LARGE;
         c->chunk = c->chunk_left ? CHUNK_DATA : CHUNK_TRAILER;
-        c->trailer_line = 0;
+        c->trailer_line = 0, c->trailer_named = 0;
         return NULL;
     case CHUNK_DATA_CR: c->chunk = CHUNK_DATA_LF; return ch == '\r' ? NULL : &ERR_INVALID;
     case CHUNK_DATA_LF: c->chunk = CHUNK_SIZE, c->chunk_left = 0, c->chunk_digits = 0; return ch == '\n' ? NULL : &ERR_INVALID;
     case CHUNK_TRAILER:
-        if (ch == '\r') return c->chunk = CHUNK_TRAILER_LF, NULL;
+        if (ch == '\r') return c->chunk = CHUNK_TRAILER_LF, c->trailer_line && !c->trailer_named ? &ERR_INVALID : NULL;
+        if (!c->trailer_named && !(ch == ':' ? c->trailer_line > 0 : http_is_tchar(ch))) return &ERR_INVALID;
+        c->trailer_named |= ch == ':';
         c->trailer_line++;
         return (u < 0x20 && ch != '\t') || u == 0x7f || ++c->trailer_bytes > HTTP_MAX_TRAILER ? &ERR_INVALID : NULL;
     case CHUNK_TRAILER_LF:
         c->chunk = c->trailer_line ? CHUNK_TRAILER : CHUNK_DONE;
-        c->trailer_line = 0;
+        c->trailer_line = 0, c->trailer_named = 0;
         return ch == '\n' ? NULL : &ERR_INVALID;
     default: return &ERR_INVALID;
     }
@@ -4893,6 +6143,7 @@ static int http_read_body(http_conn *c, const engine_error **error) {
     if (c->req.body_kind == BODY_CHUNKED) done = c->chunk == CHUNK_DONE;
     buf_drop(&c->in, at);
     if (c->body.failed) *error = &ERR_TOO_LARGE;
+    c->body_done = done && !*error;
     return *error ? -1 : done;
 }
 
@@ -4906,11 +6157,21 @@ static const char *http_reason(int status) {
     return "Unknown";
 }
 
+static void http_put_date(buf *b) { /* RFC 9110, section 5.6.7: in English whatever the locale */
+    static const char days[] = "SunMonTueWedThuFriSat", months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+    time_t now = time(NULL);
+    struct tm t;
+    gmtime_r(&now, &t);
+    buf_printf(b, "Date: %.3s, %02d %.3s %d %02d:%02d:%02d GMT\r\n", days + 3 * t.tm_wday, t.tm_mday, months + 3 * t.tm_mon, t.tm_year + 1900,
+               t.tm_hour, t.tm_min, t.tm_sec);
+}
+
 /* Appends a whole response. extra: header lines, each ending in CRLF, or "". */
 static void http_respond(http_conn *c, int status, const char *type, const char *extra, str body) {
     int head_only = c->req.method.len && str_is(c->req.method, "HEAD");
     if (!c->req.keep_alive) c->close_after = 1;
     buf_printf(&c->out, "HTTP/1.1 %d %s\r\n", status, http_reason(status));
+    http_put_date(&c->out);
     if (status != 204) buf_printf(&c->out, "Content-Type: %s\r\nContent-Length: %llu\r\n", type, (unsigned long long)body.len);
     buf_printf(&c->out, "Cache-Control: no-store\r\nX-Correlation-Id: %s\r\n%sConnection: %s\r\n\r\n", c->correlation, extra, c->close_after ? "close" : "keep-alive");
     if (!head_only && status != 204) buf_add(&c->out, body.ptr, body.len);
@@ -4927,8 +6188,2326 @@ static void http_error(http_conn *c, const engine_error *e, const char *message,
     buf_putc(&b, '}');
     if (errors.len) buf_puts(&b, ",\"errors\":["), buf_add(&b, errors.ptr, errors.len), buf_putc(&b, ']');
     buf_puts(&b, "}");
-    if (c->req.body_kind != BODY_NONE && c->state != HTTP_WAIT) c->close_after = 1; /* the body has not been read */
+    if (!c->body_done) c->close_after = 1; /* what follows is a body that nobody will read */
     http_respond(c, e->status, "application/json", extra, buf_str(&b));
     buf_free(&b);
 }
-#endif
+
+/* ---- bytes in and out ---- */
+
+static http_conn *http_conn_new(int fd, double now) {
+    http_conn *c = sys_zalloc(1, sizeof *c);
+    int on = 1;
+    if (!c) return NULL;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    c->fd = fd, c->t_input = c->t_output = now;
+    sys_uuid(c->correlation);
+    return c;
+}
+
+static void http_conn_free(http_conn *c) {
+    close(c->fd);
+    buf_free(&c->in), buf_free(&c->head), buf_free(&c->body), buf_free(&c->out);
+    free(c);
+}
+
+/* Reads what has come, up to HTTP_MAX_IN unused bytes. A connection that fails is DEAD afterwards. */
+static void http_receive(http_conn *c, double now) {
+    while (c->in.len < HTTP_MAX_IN && !c->eof) {
+        if (!buf_reserve(&c->in, 16384)) break;
+        size_t room = c->in.cap - c->in.len;
+        ssize_t n = recv(c->fd, c->in.ptr + c->in.len, room, 0);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return;
+        if (n < 0) c->state = HTTP_DEAD;
+        if (n <= 0) c->eof = 1;
+        else if (c->state == HTTP_LINGER) continue; /* drained and forgotten */
+        else if (c->in.len == 0 && c->state == HTTP_HEAD) c->t_input = now; /* a request begins */
+        if (n > 0) c->in.len += (size_t)n;
+        if (n < (ssize_t)room) return;
+    }
+    if (c->in.failed) c->state = HTTP_DEAD;
+}
+
+/* Sends what can be sent at once. A connection that fails is DEAD afterwards. */
+static void http_send(http_conn *c, double now) {
+    size_t sent = 0;
+    while (sent < c->out.len) {
+        ssize_t n = send(c->fd, c->out.ptr + sent, c->out.len - sent, MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) c->state = HTTP_DEAD;
+        if (n <= 0) break;
+        sent += (size_t)n;
+    }
+    if (sent) buf_drop(&c->out, sent);
+    if (sent || c->out.len == 0) c->t_output = now;
+    if (c->out.failed) c->state = HTTP_DEAD;
+}
+
+/* After the last answer: a FIN, and what the client still sends is read for a while and thrown away, since
+ * closing at once would reset the connection and could take the answer from the client's hands. */
+static void http_finish(http_conn *c, double now) {
+    shutdown(c->fd, SHUT_WR);
+    c->state = c->eof ? HTTP_DEAD : HTTP_LINGER;
+    c->t_input = now;
+    c->in.len = 0;
+}
+
+/* ==== Routes ===============================================================================
+ * What each path does, and the I/O thread's loop. A job's stream of events meets two threads: the job's sink
+ * (route_sink, on the intake or engine thread) formats events into stream->out under server->lock and
+ * puts the stream on the ready list; the I/O thread takes them from there into the connection. The I/O
+ * thread owns everything else here, never waits for the engine, and frees a stream after its last event. */
+
+enum {
+    ROUTE_MAX_UNSENT = 1 << 20,  /* bytes of events that a slow reader may leave unread before its job is cancelled */
+    ROUTE_KEEP_BUFFER = 1 << 16, /* larger request bodies give their memory back */
+    ROUTE_MAX_CONNS = 8192,      /* open connections; more wait in the listen queue */
+    ROUTE_SPARE_FDS = 32,        /* descriptors kept for files and the callback */
+    ROUTE_STALL_S = 60           /* a busy engine without progress for so long is unhealthy */
+};
+
+typedef struct { /* what the command line decides; strings live as long as the server */
+    const char *worker_id, *model_ref, *model_path, *api_token; /* api_token NULL: none is needed */
+    int max_tokens_out, header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, sse_ping_ms;
+    int drain_timeout_s, exit_with_parent, check_host;          /* check_host: listens on loopback without a token */
+} route_settings;
+
+enum route_status { ROUTE_LOADING, ROUTE_READY, ROUTE_DRAINING };
+
+typedef struct route_stream route_stream;
+
+typedef struct {
+    route_settings set;
+    int listen_fd, wake[2];      /* wake: a pipe that ends the poll */
+    engine *loaded;              /* atomic: set once, when the model is usable */
+    engine *e;                   /* the I/O thread's copy of it; NULL while the model loads */
+    enum route_status status;
+    int fatal;                   /* atomic; an exit code that ends the server, or -1 */
+    int signals;                 /* atomic; SIGTERM and SIGINT so far */
+    http_conn *conn[ROUTE_MAX_CONNS];
+    int n_conns, max_conns, n_streams;
+    double t_start, t_drain, t_memory, t_parent, t_accept; /* t_accept: no accept before, after EMFILE */
+    pid_t parent;
+    sys_memory memory;           /* refreshed once a second */
+    uint64_t resident;           /* atomic copy of memory.resident, for the sinks */
+    pthread_mutex_t lock;
+    route_stream *ready;         /* under lock: streams with news for the I/O thread */
+} route_server;
+
+struct route_stream {
+    route_server *server;
+    engine_job *job;             /* a reference of its own */
+    http_conn *conn;             /* I/O thread; NULL: the client has left */
+    int begun;                   /* I/O thread: the response's head has been queued */
+    double t_event;              /* I/O thread: when anything was last queued */
+    /* under server->lock */
+    route_stream *next_ready;
+    buf out;                     /* events that the I/O thread has not taken */
+    int is_ready, done, gone;    /* done: the last event is in out; gone: nobody reads any more */
+    const engine_error *refused; /* instead of events */
+    buf message, details;        /* of the refusal */
+    int named, n_events;         /* ?sse=named, with event: and id: lines */
+};
+
+static void route_wake(route_server *s) {
+    while (write(s->wake[1], "", 1) < 0 && errno == EINTR) continue; /* a full pipe wakes as well */
+}
+
+/* ---- events ---- */
+
+static void route_put_event(route_stream *st, const char *type, const buf *body) { /* under lock; body: JSON without its braces */
+    if (st->named) buf_printf(&st->out, "event: %s\nid: %d\n", type, st->n_events++);
+    buf_printf(&st->out, "data: {\"type\":\"%s\"", type);
+    if (body->len) buf_putc(&st->out, ','), buf_add(&st->out, body->ptr, body->len);
+    buf_puts(&st->out, "}\n\n");
+}
+
+static void route_format_started(const engine_job *j, const engine *e, buf *b) {
+    char at[32];
+    sys_timestamp(at, 0);
+    json_kv_str(b, "job_id", buf_str(&j->id));
+    json_kv_cstr(b, "model", e->m->name);
+    json_kv_cstr(b, "started_at", at);
+    json_kv_u64(b, "seed", j->sample.seed);
+    json_kv_int(b, "prompt_tokens", j->n_prompt);
+    json_put_key(b, "fingerprint"), buf_puts(b, "null");
+    json_kv_cstr(b, "correlation_id", j->correlation);
+}
+
+static void route_format_metrics(const engine_job *j, uint64_t resident, buf *b) {
+    double decode = sys_now() - j->t_decode;
+    json_kv_str(b, "job_id", buf_str(&j->id));
+    json_kv_int(b, "tokens_out", j->n_out);
+    json_kv_num(b, "decode_time_ms", decode * 1000, 0);
+    json_kv_num(b, "tokens_per_sec", decode > 0 ? j->n_out / decode : 0, 1);
+    json_kv_int(b, "vram_bytes", 0);
+    json_kv_u64(b, "memory_bytes", resident);
+}
+
+static void route_format_end(const engine_job *j, lorch_reason reason, buf *b) {
+    json_kv_int(b, "tokens_out", j->n_out);
+    json_kv_num(b, "decode_time_ms", j->t_decode > 0 ? (j->t_done - j->t_decode) * 1000 : 0, 0);
+    json_kv_cstr(b, "stop_reason", reason == LORCH_EOS ? "EOS" : reason == LORCH_STOP_SEQUENCE ? "STOP_SEQUENCE" : "MAX_TOKENS");
+    if (reason == LORCH_STOP_SEQUENCE) json_kv_str(b, "stop_sequence_matched", buf_str(&j->stop[j->stop_matched]));
+    json_kv_u64(b, "seed", j->sample.seed);
+    json_kv_int(b, "prompt_tokens", j->n_prompt);
+    json_kv_int(b, "cached_tokens", 0);
+}
+
+static void route_format_error(const engine_job *j, const engine_event *ev, buf *b) {
+    json_kv_cstr(b, "code", ev->error->code);
+    json_kv_cstr(b, "message", ev->message);
+    json_kv_bool(b, "retriable", __atomic_load_n(&j->cancel, __ATOMIC_RELAXED) == CANCEL_DRAIN);
+    json_kv_cstr(b, "correlation_id", j->correlation);
+}
+
+static void route_log_job(const engine_job *j, const engine_event *ev) {
+    buf b = {0};
+    enum log_level level = LOG_INFO;
+    const char *event = "execute_end";
+    if (ev->type == EVENT_STARTED) event = "execute_start", json_kv_int(&b, "prompt_tokens", j->n_prompt), json_kv_int(&b, "max_tokens", j->max_tokens);
+    else if (ev->type == EVENT_PREFILL)
+        level = LOG_DEBUG, event = "execute_progress", json_kv_int(&b, "prompt_tokens_done", ev->index), json_kv_int(&b, "prompt_tokens", j->n_prompt);
+    else if (ev->type == EVENT_END) route_format_end(j, ev->reason, &b);
+    else {
+        level = ev->error == &ERR_INTERNAL ? LOG_ERROR : LOG_WARN;
+        if (ev->error == &ERR_CANCELLED) level = LOG_INFO;
+        json_kv_cstr(&b, "code", ev->error->code), json_kv_cstr(&b, "message", ev->message), json_kv_int(&b, "tokens_out", j->n_out);
+    }
+    if (ev->type == EVENT_END && ev->reason == LORCH_STOP_SEQUENCE) { /* the stop string is the client's text: not for the log */
+        buf_free(&b);
+        json_kv_int(&b, "tokens_out", j->n_out), json_kv_cstr(&b, "stop_reason", "STOP_SEQUENCE");
+    }
+    log_event(level, event, j->correlation, buf_str(&j->id), buf_cstr(&b));
+    buf_free(&b);
+}
+
+/* The sink of every job that came by HTTP: on the intake or engine thread. After the last event the stream
+ * belongs to the I/O thread and is not touched any more. */
+static void route_sink(engine_job *j, const engine_event *ev) {
+    route_stream *st = j->user;
+    route_server *s = st->server;
+    buf b = {0};
+    int wake = 0, last = ev->type == EVENT_END || ev->type == EVENT_ERROR || ev->type == EVENT_REFUSED;
+    if (ev->type != EVENT_TOKEN && ev->type != EVENT_METRICS) route_log_job(j, ev);
+    if (ev->type == EVENT_PREFILL) return;
+    if (ev->type == EVENT_STARTED) route_format_started(j, s->e, &b);
+    else if (ev->type == EVENT_TOKEN) json_kv_str(&b, "t", ev->text), json_kv_int(&b, "i", ev->index);
+    else if (ev->type == EVENT_METRICS) route_format_metrics(j, __atomic_load_n(&s->resident, __ATOMIC_RELAXED), &b);
+    else if (ev->type == EVENT_END) route_format_end(j, ev->reason, &b);
+    else if (ev->type == EVENT_ERROR) route_format_error(j, ev, &b);
+    static const char *const names[] = {"", "started", "", "token", "metrics", "end", "error"};
+    pthread_mutex_lock(&s->lock);
+    if (ev->type == EVENT_REFUSED) st->refused = ev->error, buf_puts(&st->message, ev->message), buf_puts(&st->details, ev->details);
+    else if (!st->gone) route_put_event(st, names[ev->type], &b);
+    if (b.failed) st->out.failed = 1;
+    st->done = last;
+    if (!st->is_ready) {
+        wake = s->ready == NULL;
+        st->is_ready = 1, st->next_ready = s->ready, s->ready = st;
+    }
+    pthread_mutex_unlock(&s->lock);
+    if (wake) route_wake(s);
+    buf_free(&b);
+}
+
+/* ---- streams, on the I/O thread ---- */
+
+static void route_put_chunk(http_conn *c, str text) {
+    if (text.len == 0) return;
+    if (c->req.minor == 0) buf_add(&c->out, text.ptr, text.len);
+    else {
+        buf_printf(&c->out, "%zx\r\n", text.len);
+        buf_add(&c->out, text.ptr, text.len);
+        buf_puts(&c->out, "\r\n");
+    }
+}
+
+static void route_begin_stream(http_conn *c) {
+    if (c->req.minor == 0 || !c->req.keep_alive) c->close_after = 1;
+    buf_puts(&c->out, "HTTP/1.1 200 OK\r\n");
+    http_put_date(&c->out);
+    buf_printf(&c->out, "Content-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n"
+                        "X-Correlation-Id: %s\r\n%sConnection: %s\r\n\r\n", c->correlation,
+               c->req.minor ? "Transfer-Encoding: chunked\r\n" : "", c->close_after ? "close" : "keep-alive");
+    c->state = HTTP_STREAM;
+}
+
+static void route_end_stream(route_stream *st) {
+    if (st->conn) {
+        st->conn->stream = NULL, st->conn->t_input = sys_now();
+        if (st->conn->state != HTTP_DEAD) st->conn->state = HTTP_HEAD;
+    }
+    st->server->n_streams--;
+    engine_job_drop(st->server->e, st->job);
+    buf_free(&st->out), buf_free(&st->message), buf_free(&st->details);
+    free(st);
+}
+
+/* The client has left: its job is cancelled, and the stream ends when the engine says so. */
+static void route_abandon(route_stream *st) {
+    if (st->conn) st->conn->stream = NULL;
+    st->conn = NULL;
+    pthread_mutex_lock(&st->server->lock);
+    st->gone = 1;
+    buf_free(&st->out);
+    pthread_mutex_unlock(&st->server->lock);
+    engine_cancel_one(st->server->e, st->job);
+}
+
+static void route_refuse(route_server *s, http_conn *c, const engine_error *why, const char *message, const char *details, str errors) {
+    char extra[64] = "";
+    if (why == &ERR_BUSY) {
+        pthread_mutex_lock(&s->e->lock);
+        double wait = engine_estimate(s->e, 0, 0);
+        pthread_mutex_unlock(&s->e->lock);
+        snprintf(extra, sizeof extra, "Retry-After: %d\r\n", wait < 1 ? 1 : wait > 3600 ? 3600 : (int)(wait + 0.999));
+    } else if (why == &ERR_NOT_READY) snprintf(extra, sizeof extra, "Retry-After: 1\r\n");
+    http_error(c, why, message, details, errors, extra);
+}
+
+/* Moves a stream's news into its connection. */
+static void route_take_news(route_server *s, route_stream *st, double now) {
+    http_conn *c = st->conn;
+    pthread_mutex_lock(&s->lock);
+    st->is_ready = 0;
+    int done = st->done, failed = st->out.failed;
+    if (c && !st->refused && !failed) {
+        if (!st->begun) route_begin_stream(c), st->begun = 1;
+        route_put_chunk(c, buf_str(&st->out));
+        st->t_event = now;
+        if (done && c->req.minor) buf_puts(&c->out, "0\r\n\r\n");
+    }
+    st->out.len = 0;
+    pthread_mutex_unlock(&s->lock);
+    if (c && st->refused) route_refuse(s, c, st->refused, buf_cstr(&st->message), buf_cstr(&st->details), buf_str(&st->job->field_errors));
+    if (c && (failed || c->out.failed || c->out.len > ROUTE_MAX_UNSENT)) { /* out of memory, or nobody reads */
+        c->state = HTTP_DEAD;
+        if (!done) route_abandon(st);
+    }
+    if (done) route_end_stream(st);
+}
+
+static void route_take_all_news(route_server *s, double now) {
+    pthread_mutex_lock(&s->lock);
+    route_stream *st = s->ready, *next;
+    s->ready = NULL;
+    pthread_mutex_unlock(&s->lock);
+    for (; st; st = next) {
+        next = st->next_ready; /* not written by a sink before is_ready is 0 */
+        route_take_news(s, st, now);
+    }
+}
+
+/* ---- POST /execute: the fields ---- */
+
+enum route_field_kind { FIELD_INT, FIELD_U64, FIELD_FLOAT, FIELD_BOOL };
+
+typedef struct {
+    const char *name;
+    enum route_field_kind kind;
+    double lo, hi;        /* both allowed, but for above_lo; hi -1: decided when the server is up */
+    size_t field;         /* in engine_job: int, uint64_t, float or int */
+    int above_lo;         /* lo itself is not allowed */
+} route_field;
+
+#define F(field) offsetof(engine_job, field)
+static const route_field route_fields[] = {
+    {"max_tokens", FIELD_INT, 1, -1, F(max_tokens), 0},
+    {"temperature", FIELD_FLOAT, 0, 2, F(sample.temperature), 0},
+    {"top_p", FIELD_FLOAT, 0, 1, F(sample.top_p), 0},
+    {"top_k", FIELD_INT, 0, -1, F(sample.top_k), 0},
+    {"min_p", FIELD_FLOAT, 0, 1, F(sample.min_p), 0},
+    {"repetition_penalty", FIELD_FLOAT, 0, 2, F(sample.repetition_penalty), 1},
+    {"seed", FIELD_U64, 0, 18446744073709551615.0, F(sample.seed), 0},
+    {"deadline_ms", FIELD_U64, 0, 1e15, F(deadline_ms), 0},
+    {"resume_from", FIELD_INT, 0, MAX_CONTEXT, F(resume_from), 0},
+    {"ignore_eos", FIELD_BOOL, 0, 1, F(ignore_eos), 0},
+};
+#undef F
+
+static double route_field_hi(const route_server *s, const route_field *f) {
+    return f->hi >= 0 ? f->hi : strcmp(f->name, "top_k") == 0 ? s->e->m->n_vocab : s->set.max_tokens_out;
+}
+
+static void route_number_text(char out[32], const route_field *f, double v) { /* "2.0" for floats, "2048" for integers */
+    if (f->kind == FIELD_FLOAT) snprintf(out, 32, "%.1f", v);
+    else if (f->kind == FIELD_U64 && v > 1e18) snprintf(out, 32, "18446744073709551615");
+    else snprintf(out, 32, "%.0f", v);
+}
+
+/* Notes that a number is no number of the right kind (what), or out of range (what NULL). */
+static void route_bad_number(const route_server *s, engine_job *j, const route_field *f, str token, const char *what, double v) {
+    char lo[32], hi[32], constraint[96], message[200];
+    str shown = str_make(token.ptr, token.len < 40 ? token.len : 40);
+    route_number_text(lo, f, f->lo), route_number_text(hi, f, route_field_hi(s, f));
+    snprintf(constraint, sizeof constraint, f->kind == FIELD_BOOL ? "boolean" : "range(%s%s..=%s)", lo, f->above_lo ? "<" : "", hi);
+    if (what) snprintf(message, sizeof message, "%s must be %s", f->name, what);
+    else if (v > f->lo) snprintf(message, sizeof message, "%s must be at most %s (got %.*s)", f->name, hi, (int)shown.len, shown.ptr);
+    else snprintf(message, sizeof message, "%s must be %s %s (got %.*s)", f->name, f->above_lo ? "above" : "at least", lo, (int)shown.len, shown.ptr);
+    engine_field_error(j, f->name, constraint, message, what ? str_of("") : shown);
+}
+
+static void route_set_number(const route_server *s, engine_job *j, const route_field *f, enum json_type t, str token) {
+    void *at = (char *)j + f->field;
+    uint64_t whole = 0;
+    if (t == JSON_NULL) return;
+    if (f->kind == FIELD_BOOL) {
+        if (t == JSON_TRUE || t == JSON_FALSE) *(int *)at = t == JSON_TRUE;
+        else route_bad_number(s, j, f, token, "true or false", 0);
+        return;
+    }
+    if (t != JSON_NUMBER) {
+        route_bad_number(s, j, f, token, f->kind == FIELD_FLOAT ? "a number" : "a whole number", 0);
+        return;
+    }
+    double v = json_double(token);
+    int in_range = (f->above_lo ? v > f->lo : v >= f->lo) && v <= route_field_hi(s, f);
+    if (in_range && f->kind != FIELD_FLOAT && !json_u64(token, &whole)) {
+        int beyond = v > 1e19; /* 2^64 is no double's neighbour of 2^64 - 1 */
+        route_bad_number(s, j, f, token, beyond ? NULL : "a whole number", v);
+    } else if (!in_range) route_bad_number(s, j, f, token, NULL, v);
+    else if (f->kind == FIELD_FLOAT) *(float *)at = (float)v;
+    else if (f->kind == FIELD_U64) *(uint64_t *)at = whole, j->has_seed |= strcmp(f->name, "seed") == 0, j->has_deadline |= strcmp(f->name, "deadline_ms") == 0;
+    else *(int *)at = (int)whole;
+}
+
+static void route_set_string(engine_job *j, const char *name, enum json_type t, str token, buf *out, int64_t most, int bytes) {
+    char constraint[64], message[160];
+    int64_t n = 0;
+    out->len = 0;
+    if (t == JSON_STRING) {
+        json_unescape(token, out);
+        n = bytes ? (int64_t)out->len : utf8_count(buf_str(out));
+    }
+    const char *unit = bytes ? "bytes" : "characters";
+    if (t == JSON_STRING && n >= 1 && n <= most) return;
+    snprintf(constraint, sizeof constraint, "%s(1..=%lld)", unit, (long long)most);
+    if (t == JSON_END) snprintf(message, sizeof message, "%s is required", name);
+    else if (t != JSON_STRING) snprintf(message, sizeof message, "%s must be a string", name);
+    else if (n == 0) snprintf(message, sizeof message, "%s must not be empty", name);
+    else snprintf(message, sizeof message, "%s must be at most %lld %s (got %lld)", name, (long long)most, unit, (long long)n);
+    engine_field_error(j, name, constraint, message, str_of(""));
+}
+
+/* stop: an array of up to MAX_STOPS non-empty strings (their length in tokens is intake's to check). */
+static void route_set_stops(engine_job *j, json_reader *r, enum json_type t) {
+    const char *wrong = t == JSON_ARRAY || t == JSON_NULL ? NULL : "stop must be an array of strings";
+    int n = 0;
+    j->n_stop = 0;
+    if (t == JSON_OBJECT) json_skip(r, t);
+    while (t == JSON_ARRAY && (t = json_next(r)) != JSON_ARRAY_END && t != JSON_ERROR) {
+        if (t != JSON_STRING) wrong = "stop must be an array of strings";
+        else if (r->token.len == 0) wrong = "stop strings must not be empty";
+        else if (n == MAX_STOPS) wrong = "stop may hold at most 4 strings";
+        else j->stop[n].len = 0, json_unescape(r->token, &j->stop[n++]);
+        json_skip(r, t);
+        t = JSON_ARRAY;
+    }
+    if (wrong) engine_field_error(j, "stop", "array(0..=4) of non-empty strings", wrong, str_of(""));
+    else j->n_stop = n;
+}
+
+/* Reads the body into a job. Returns what is wrong with it as JSON, or NULL; wrong fields are noted in the job. */
+static const char *route_parse_job(const route_server *s, engine_job *j, str body, size_t *at) {
+    json_reader r = json_open(body);
+    int has_id = 0, has_prompt = 0;
+    enum json_type t = json_next(&r);
+    if (t != JSON_OBJECT && t != JSON_ERROR) json_fail(&r, "the request must be an object");
+    while (!r.error && (t = json_next(&r)) == JSON_KEY) {
+        str key = r.token;
+        buf name = {0};
+        json_unescape(key, &name);
+        str n = buf_str(&name);
+        if ((t = json_next(&r)) == JSON_ERROR) {
+        } else if (str_is(n, "job_id")) has_id = 1, route_set_string(j, "job_id", t, r.token, &j->id, MAX_JOB_ID_BYTES, 1);
+        else if (str_is(n, "prompt")) has_prompt = 1, route_set_string(j, "prompt", t, r.token, &j->prompt, MAX_PROMPT_CHARS, 0);
+        else if (str_is(n, "stop")) route_set_stops(j, &r, t), t = JSON_NULL;
+        else
+            for (size_t i = 0; i < sizeof route_fields / sizeof *route_fields; i++)
+                if (str_is(n, route_fields[i].name)) route_set_number(s, j, &route_fields[i], t, r.token);
+        json_skip(&r, t);
+        buf_free(&name);
+    }
+    if (!r.error) json_next(&r); /* nothing may follow the object */
+    *at = r.pos;
+    if (r.error) return r.error;
+    if (!has_id) route_set_string(j, "job_id", JSON_END, str_of(""), &j->id, MAX_JOB_ID_BYTES, 1);
+    if (!has_prompt) route_set_string(j, "prompt", JSON_END, str_of(""), &j->prompt, MAX_PROMPT_CHARS, 0);
+    return NULL;
+}
+
+/* X-Deadline (Unix time in ms) and deadline_ms (from now): the earlier counts. */
+static void route_set_deadline(const http_request *req, engine_job *j) {
+    const http_header *h = http_find(req, "x-deadline");
+    uint64_t at = 0;
+    int64_t now = sys_unix_ms();
+    if (h && (h->value.len == 0 || h->value.len > 18 || !json_u64(h->value, &at) || h->value.ptr[0] < '0' || h->value.ptr[0] > '9'))
+        engine_field_error(j, "X-Deadline", "Unix time in ms", "X-Deadline must be a Unix time in milliseconds", str_of(""));
+    else if (h) j->deadline_unix_ms = at ? (int64_t)at : 1;
+    if (j->has_deadline && (!j->deadline_unix_ms || now + (int64_t)j->deadline_ms < j->deadline_unix_ms))
+        j->deadline_unix_ms = now + (int64_t)j->deadline_ms;
+}
+
+static int route_is_json(const http_request *req) {
+    const http_header *h = http_find(req, "content-type");
+    if (!h) return 0;
+    const char *semicolon = memchr(h->value.ptr, ';', h->value.len);
+    return str_ieq(str_trim(str_make(h->value.ptr, semicolon ? (size_t)(semicolon - h->value.ptr) : h->value.len)), "application/json");
+}
+
+static route_stream *route_stream_new(route_server *s, http_conn *c, engine_job *j) {
+    route_stream *st = sys_zalloc(1, sizeof *st);
+    if (!st) return NULL;
+    st->server = s, st->conn = c, st->job = j;
+    st->named = c->req.query.len && http_lists(c->req.query, "sse=named");
+    st->t_event = sys_now();
+    j->sink = route_sink, j->user = st;
+    memcpy(j->correlation, c->correlation, sizeof j->correlation);
+    buf_reserve(&st->out, 1024);
+    return st;
+}
+
+static const char *route_submit_message(const engine_error *why) {
+    if (why == &ERR_JOB_EXISTS) return "a job with this job_id is running or queued";
+    if (why == &ERR_BUSY) return "all slots are busy and the queue is full";
+    return "the worker is shutting down";
+}
+
+static void route_execute(route_server *s, http_conn *c) {
+    char message[200];
+    size_t at = 0;
+    engine_job *j = engine_job_new();
+    route_stream *st = j ? route_stream_new(s, c, j) : NULL;
+    if (!st) {
+        if (j) engine_job_free(j);
+        route_refuse(s, c, &ERR_BUSY, "not enough memory for this job", "", str_of(""));
+        return;
+    }
+    j->max_tokens = s->set.max_tokens_out < 2048 ? s->set.max_tokens_out : 2048;
+    j->sample.temperature = j->sample.top_p = j->sample.repetition_penalty = 1;
+    const char *wrong = route_parse_job(s, j, buf_str(&c->body), &at);
+    route_set_deadline(&c->req, j);
+    if (!j->has_seed) j->sample.seed = sys_random() >> 11; /* below 2^53, so that every JSON reader keeps it */
+    if (wrong) snprintf(message, sizeof message, "the body is not a JSON object: %s (at byte %zu)", wrong, at);
+    s->n_streams++;
+    c->state = HTTP_WAIT, c->stream = st;
+    const engine_error *why = wrong || (j->field_errors.len && (!j->id.len || !j->prompt.len)) ? &ERR_INVALID : engine_submit(s->e, j);
+    if (!why) return;
+    if (why == &ERR_INVALID) engine_count_rejected(s->e);
+    route_refuse(s, c, why, wrong ? message : why == &ERR_INVALID ? "the request has invalid fields" : route_submit_message(why), "",
+                 wrong ? str_of("") : buf_str(&j->field_errors));
+    route_end_stream(st);
+}
+
+/* ---- POST /cancel ---- */
+
+static void route_do_cancel(route_server *s, http_conn *c, str id) {
+    buf b = {0};
+    int found = engine_cancel(s->e, id);
+    buf_putc(&b, '{');
+    json_kv_str(&b, "job_id", id);
+    json_kv_cstr(&b, "status", found == 2 ? "cancelled" : "cancelling");
+    buf_putc(&b, '}');
+    log_event(LOG_INFO, "cancel", c->correlation, id, found == 1 ? "\"known\":true" : found ? "\"ended\":true" : "\"known\":false");
+    http_respond(c, 202, "application/json", "", buf_str(&b));
+    buf_free(&b);
+}
+
+static void route_cancel(route_server *s, http_conn *c) { /* {"job_id":"..."} */
+    json_reader r = json_open(buf_str(&c->body));
+    buf id = {0};
+    int is_object = json_next(&r) == JSON_OBJECT, has_id = 0;
+    while (is_object && json_next(&r) == JSON_KEY) {
+        int is_id = str_is(r.token, "job_id");
+        enum json_type t = json_next(&r);
+        if (is_id && t == JSON_STRING) id.len = 0, json_unescape(r.token, &id), has_id = 1;
+        else if (is_id) has_id = 0;
+        json_skip(&r, t);
+    }
+    if (!r.error) json_next(&r);
+    if (!is_object || r.error) http_error(c, &ERR_INVALID, "the body must be a JSON object", "", str_of(""), "");
+    else if (!has_id || id.len < 1 || id.len > MAX_JOB_ID_BYTES || id.failed)
+        http_error(c, &ERR_INVALID, "job_id must be a string of 1 to 256 bytes", "", str_of(""), "");
+    else route_do_cancel(s, c, buf_str(&id));
+    buf_free(&id);
+}
+
+static void route_cancel_path(route_server *s, http_conn *c) { /* /cancel/{job_id}, percent-decoded */
+    str p = str_make(c->req.path.ptr + 8, c->req.path.len - 8);
+    buf id = {0};
+    int ok = 1;
+    for (size_t i = 0; i < p.len && ok; i++) {
+        char quad[4] = {'0', '0', 0, 0};
+        if (p.ptr[i] != '%') {
+            buf_putc(&id, p.ptr[i]);
+            continue;
+        }
+        if (p.len - i >= 3) quad[2] = p.ptr[i + 1], quad[3] = p.ptr[i + 2];
+        int byte = json_hex4(quad, quad + 4);
+        ok = byte >= 0;
+        if (ok) buf_putc(&id, (char)byte), i += 2;
+    }
+    if (!ok || id.len < 1 || id.len > MAX_JOB_ID_BYTES || utf8_count(buf_str(&id)) < 0)
+        http_error(c, &ERR_INVALID, "the path must be /cancel/{job_id}, percent-encoded UTF-8 of 1 to 256 bytes", "", str_of(""), "");
+    else route_do_cancel(s, c, buf_str(&id));
+    buf_free(&id);
+}
+
+/* ---- health and metrics ---- */
+
+static const char *route_why_unhealthy(const route_server *s, const engine_stats *stats) { /* NULL: healthy */
+    int64_t idle_ms = (int64_t)(sys_now() * 1000) - __atomic_load_n(&s->e->progress_ms, __ATOMIC_RELAXED);
+    return stats->running && idle_ms > ROUTE_STALL_S * 1000 ? "the engine makes no progress" : NULL;
+}
+
+static void route_health_jobs(const route_server *s, const engine_stats *stats, buf *b) {
+    json_put_key(b, "jobs"), buf_putc(b, '{');
+    json_kv_int(b, "running", stats->running);
+    json_kv_int(b, "queued", stats->live - stats->running);
+    json_kv_int(b, "parallel", s->e->options.n_parallel);
+    json_kv_int(b, "queue", s->e->options.n_queue);
+    buf_putc(b, '}');
+    json_put_key(b, "rates"), buf_putc(b, '{');
+    json_kv_num(b, "prefill_tokens_per_sec", stats->prefill_rate > 0 ? stats->prefill_rate : (double)NAN, 1);
+    json_kv_num(b, "decode_tokens_per_sec", stats->decode_rate > 0 ? stats->decode_rate : (double)NAN, 1);
+    buf_putc(b, '}');
+}
+
+static void route_health_model(const route_server *s, buf *b) {
+    const engine *e = s->e;
+    json_kv_cstr(b, "quant_kind", e->m->quant);
+    json_put_key(b, "memory"), buf_putc(b, '{');
+    json_kv_u64(b, "weights_mapped", e->m->file->size);
+    json_kv_u64(b, "weights_resident", s->memory.file_pages < e->m->file->size ? s->memory.file_pages : e->m->file->size);
+    json_kv_u64(b, "kv", engine_kv_bytes(e));
+    json_kv_u64(b, "scratch", engine_private_bytes(e));
+    buf_putc(b, '}');
+    json_kv_cstr(b, "tokenizer_kind", e->m->tok->name);
+    json_kv_int(b, "vocab_size", e->m->n_vocab);
+    json_kv_int(b, "context_length", e->n_ctx);
+    json_kv_cstr(b, "simd", e->k->name);
+    json_kv_int(b, "threads", e->threads.n_threads);
+}
+
+static void route_health(route_server *s, http_conn *c) {
+    buf b = {0};
+    engine_stats stats = {0};
+    if (s->e) stats = engine_snapshot(s->e);
+    const char *reason = s->e ? route_why_unhealthy(s, &stats) : NULL;
+    const char *status = s->status == ROUTE_LOADING ? "loading" : s->status == ROUTE_DRAINING ? "draining" : reason ? "unhealthy" : "healthy";
+    buf_putc(&b, '{');
+    json_kv_cstr(&b, "status", status);
+    if (reason) json_kv_cstr(&b, "reason", reason);
+    json_kv_cstr(&b, "worker_id", s->set.worker_id);
+    json_kv_cstr(&b, "model", s->e ? s->e->m->name : "");
+    json_kv_cstr(&b, "model_ref", s->set.model_ref);
+    json_kv_bool(&b, "resident", s->e != NULL);
+    json_kv_cstr(&b, "memory_architecture", "cpu");
+    json_kv_cstr(&b, "worker_type", "cpu");
+    json_put_key(&b, "capabilities"), buf_puts(&b, "[\"text-gen\"]");
+    json_kv_cstr(&b, "protocol", "sse");
+    json_kv_u64(&b, "memory_bytes", s->memory.resident);
+    json_kv_int(&b, "vram_bytes_used", 0);
+    json_kv_num(&b, "uptime_seconds", sys_now() - s->t_start, 0);
+    if (s->e) route_health_model(s, &b), route_health_jobs(s, &stats, &b);
+    json_kv_cstr(&b, "version", LORCH_VERSION);
+    buf_putc(&b, '}');
+    http_respond(c, strcmp(status, "healthy") == 0 ? 200 : 503, "application/json", "", buf_str(&b));
+    buf_free(&b);
+}
+
+static void route_livez(route_server *s, http_conn *c) {
+    engine_stats stats = {0};
+    if (s->e) stats = engine_snapshot(s->e);
+    int ok = !s->e || !route_why_unhealthy(s, &stats);
+    http_respond(c, ok ? 200 : 503, "application/json", "", str_of(ok ? "{\"status\":\"alive\"}" : "{\"status\":\"stalled\"}"));
+}
+
+static void route_readyz(route_server *s, http_conn *c) {
+    int ok = s->status == ROUTE_READY;
+    http_respond(c, ok ? 200 : 503, "application/json", ok ? "" : "Retry-After: 1\r\n", str_of(ok ? "{\"status\":\"ready\"}" : "{\"status\":\"not ready\"}"));
+}
+
+typedef struct { /* a page of metrics that is being written */
+    buf b;
+    char labels[192];
+} route_page;
+
+static void route_metric_head(route_page *p, const char *name, const char *type, const char *help) {
+    buf_printf(&p->b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
+}
+static void route_metric(route_page *p, const char *name, const char *type, const char *help, double v) {
+    route_metric_head(p, name, type, help);
+    buf_printf(&p->b, "%s{%s} %.15g\n", name, p->labels, v);
+}
+static void route_metric_hist(route_page *p, const char *name, const char *help, const engine_hist *h, double unit) { /* bounds and sum times unit */
+    uint64_t sum = 0;
+    route_metric_head(p, name, "histogram", help);
+    for (int i = 0; i <= HIST_BUCKETS; i++) {
+        char bound[32] = "+Inf";
+        sum += h->count[i];
+        if (i < HIST_BUCKETS) snprintf(bound, sizeof bound, "%g", engine_hist_bounds[i] * unit);
+        buf_printf(&p->b, "%s_bucket{%s,le=\"%s\"} %llu\n", name, p->labels, bound, (unsigned long long)sum);
+    }
+    buf_printf(&p->b, "%s_sum{%s} %.9g\n%s_count{%s} %llu\n", name, p->labels, h->sum * unit, name, p->labels, (unsigned long long)sum);
+}
+
+static void route_metrics(route_server *s, http_conn *c) {
+    static const char *const outcomes[OUTCOMES] = {"success", "error", "cancelled", "timeout", "rejected"};
+    route_page p = {{0}, ""};
+    engine_stats t = {0};
+    if (s->e) t = engine_snapshot(s->e);
+    snprintf(p.labels, sizeof p.labels, "component=\"lorch\",worker_id=\"%s\"", s->set.worker_id);
+    route_metric_head(&p, "worker_requests_total", "counter", "Jobs by how they ended.");
+    for (int i = 0; i < OUTCOMES; i++)
+        buf_printf(&p.b, "worker_requests_total{%s,outcome=\"%s\"} %llu\n", p.labels, outcomes[i], (unsigned long long)t.outcome[i]);
+    route_metric(&p, "worker_tokens_in_total", "counter", "Prompt tokens of accepted jobs.", (double)t.tokens_in);
+    route_metric(&p, "worker_tokens_generated_total", "counter", "Tokens generated by jobs that have ended.", (double)t.tokens_out);
+    route_metric(&p, "worker_cached_tokens_total", "counter", "Prompt tokens that came from the prefix cache.", (double)t.cached_tokens);
+    route_metric(&p, "worker_deadline_refused_total", "counter", "Jobs refused because they could not meet their deadline.", (double)t.deadline_refused);
+    route_metric(&p, "worker_log_dropped_total", "counter", "Log lines that stderr did not take.", (double)log_state.dropped);
+    route_metric(&p, "worker_jobs_running", "gauge", "Jobs in prefill or decode.", t.running);
+    route_metric(&p, "worker_jobs_queued", "gauge", "Jobs that wait for a slot.", t.live - t.running);
+    route_metric(&p, "worker_kv_usage_ratio", "gauge", "Share of the KV pool that is reserved.", t.kv_used);
+    route_metric(&p, "worker_memory_bytes", "gauge", "Resident memory of the process.", (double)s->memory.resident);
+    route_metric(&p, "worker_vram_bytes", "gauge", "Always 0: a CPU worker.", 0);
+    route_metric(&p, "worker_uptime_seconds", "gauge", "Time since the process started.", sys_now() - s->t_start);
+    route_metric_hist(&p, "worker_inference_duration_ms", "From a job's arrival to its last event, in milliseconds.", &t.duration, 10000);
+    route_metric_hist(&p, "worker_first_token_seconds", "From a job's arrival to its first token.", &t.first_token, 1);
+    route_metric_hist(&p, "worker_token_seconds", "From a token to the next.", &t.token, 1);
+    route_metric_hist(&p, "worker_cancel_seconds", "From a cancel to the job's last event.", &t.cancel, 1);
+    route_metric_hist(&p, "worker_queue_wait_seconds", "From a job's arrival to its slot.", &t.queue_wait, 1);
+    route_metric_head(&p, "worker_build_info", "gauge", "Always 1; the labels say what runs.");
+    buf_printf(&p.b, "worker_build_info{%s,version=\"%s\",simd=\"%s\"} 1\n", p.labels, LORCH_VERSION, s->e ? s->e->k->name : "");
+    http_respond(c, 200, "text/plain; version=0.0.4; charset=utf-8", "", buf_str(&p.b));
+    buf_free(&p.b);
+}
+
+/* ---- shutdown ---- */
+
+static void route_begin_drain(route_server *s, const char *why) {
+    if (s->status == ROUTE_DRAINING) return;
+    s->status = ROUTE_DRAINING, s->t_drain = sys_now();
+    if (s->e) engine_drain(s->e, 0);
+    log_note(LOG_INFO, "shutdown", "\"reason\":\"%s\",\"drain_timeout_s\":%d", why, s->set.drain_timeout_s);
+}
+
+static void route_shutdown(route_server *s, http_conn *c) {
+    http_respond(c, 202, "application/json", "", str_of("{\"status\":\"draining\"}"));
+    route_begin_drain(s, "POST /shutdown");
+}
+
+/* ---- dispatch ---- */
+
+typedef struct {
+    const char *method, *path;  /* a path that ends in '/' stands for everything below it */
+    void (*answer)(route_server *s, http_conn *c);
+    int open;                   /* needs no token */
+    int needs_engine;           /* 503 while the model loads */
+    int json;                   /* 415 unless the body is application/json */
+} route;
+
+static const route route_table[] = {
+    {"POST", "/execute", route_execute, 0, 1, 1},
+    {"POST", "/cancel", route_cancel, 0, 1, 0},
+    {"POST", "/cancel/", route_cancel_path, 0, 1, 0},
+    {"POST", "/shutdown", route_shutdown, 0, 0, 0},
+    {"GET", "/health", route_health, 1, 0, 0},
+    {"GET", "/livez", route_livez, 1, 0, 0},
+    {"GET", "/readyz", route_readyz, 1, 0, 0},
+    {"GET", "/metrics", route_metrics, 0, 0, 0},
+};
+
+static const route *route_find(str path) {
+    for (size_t i = 0; i < sizeof route_table / sizeof *route_table; i++) {
+        size_t n = strlen(route_table[i].path);
+        int below = route_table[i].path[n - 1] == '/' && path.len > n && memcmp(path.ptr, route_table[i].path, n) == 0;
+        if (below || str_is(path, route_table[i].path)) return &route_table[i];
+    }
+    return NULL;
+}
+
+/* Compares without telling by its time where the texts differ. */
+static int route_same_secret(str given, const char *secret) {
+    size_t n = strlen(secret), differ = given.len ^ n;
+    for (size_t i = 0; i < given.len; i++) differ |= (unsigned char)given.ptr[i] ^ (unsigned char)secret[n ? i % n : 0];
+    return differ == 0;
+}
+
+static int route_has_token(const route_server *s, const http_request *r) {
+    const http_header *h = http_find(r, "authorization");
+    if (!s->set.api_token) return 1;
+    if (!h || http_count(r, "authorization") != 1 || h->value.len < 7 || !str_ieq(str_make(h->value.ptr, 7), "bearer ")) return 0;
+    return route_same_secret(str_make(h->value.ptr + 7, h->value.len - 7), s->set.api_token);
+}
+
+/* "localhost", "127.x.y.z" or "[::1]", with or without a port: nothing that a name server could point elsewhere. */
+static int route_is_loopback(str host) {
+    char tmp[64];
+    struct in_addr v4;
+    const char *colon = memrchr(host.ptr, ':', host.len);
+    if (colon && colon > host.ptr && host.ptr[host.len - 1] != ']') host.len = (size_t)(colon - host.ptr);
+    if (str_ieq(host, "localhost") || str_is(host, "[::1]")) return 1;
+    if (host.len >= sizeof tmp) return 0;
+    memcpy(tmp, host.ptr, host.len), tmp[host.len] = 0;
+    return inet_pton(AF_INET, tmp, &v4) == 1 && (ntohl(v4.s_addr) >> 24) == 127;
+}
+
+/* A web page elsewhere must not steer a worker on its reader's machine, not even through a name that it
+ * makes point to 127.0.0.1 (DNS rebinding). */
+static int route_is_foreign(const route_server *s, const http_request *r) {
+    const http_header *origin = http_find(r, "origin");
+    if (!s->set.check_host) return 0;
+    if (r->host.len && !route_is_loopback(r->host)) return 1;
+    if (!origin) return 0;
+    const char *slashes = memmem(origin->value.ptr, origin->value.len, "://", 3);
+    if (!slashes) return 1;
+    slashes += 3;
+    return !route_is_loopback(str_make(slashes, origin->value.len - (size_t)(slashes - origin->value.ptr)));
+}
+
+static void route_allow(char extra[64], const route *r) {
+    snprintf(extra, 64, "Allow: %s\r\n", !r ? "GET, HEAD, POST, OPTIONS" : r->method[0] == 'G' ? "GET, HEAD, OPTIONS" : "POST, OPTIONS");
+}
+
+/* Answers what can be answered from the head alone: refusals and OPTIONS. NULL: it has been answered. */
+static const route *route_check(route_server *s, http_conn *c) {
+    static const char *const known[] = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"};
+    const http_request *q = &c->req;
+    const route *r = route_find(q->path);
+    char extra[64];
+    int is_known = 0;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) is_known |= str_is(q->method, known[i]);
+    route_allow(extra, r);
+    if (!is_known) http_error(c, &ERR_NOT_IMPLEMENTED, "unknown method", "", str_of(""), "");
+    else if (!(r && r->open) && !route_has_token(s, q))
+        http_error(c, &ERR_UNAUTHORIZED, "a valid bearer token is needed", "", str_of(""), "WWW-Authenticate: Bearer\r\n");
+    else if (route_is_foreign(s, q)) http_error(c, &ERR_UNAUTHORIZED, "without a token only requests to and from loopback hosts are taken", "", str_of(""), "");
+    else if (str_is(q->method, "OPTIONS") && (r || str_is(q->path, "*"))) http_respond(c, 204, "", extra, str_of(""));
+    else if (!r) http_error(c, &ERR_NOT_FOUND, "no such path", "", str_of(""), "");
+    else if (!str_is(q->method, r->method) && !(str_is(q->method, "HEAD") && r->method[0] == 'G'))
+        http_error(c, &ERR_METHOD, "this path does not take that method", "", str_of(""), extra);
+    else if (r->json && !route_is_json(q)) http_error(c, &ERR_MEDIA_TYPE, "the Content-Type must be application/json", "", str_of(""), "");
+    else if (r->needs_engine && !s->e) route_refuse(s, c, &ERR_NOT_READY, "the model is loading", "", str_of(""));
+    else return r;
+    return NULL;
+}
+
+/* ---- connections ---- */
+
+static void route_reject(http_conn *c, const engine_error *why, const char *message) { /* a request that cannot be framed */
+    c->close_after = 1;
+    c->in.len = 0, c->scanned = 0;
+    http_error(c, why, message, "", str_of(""), "");
+    c->state = HTTP_HEAD;
+}
+
+static void route_set_correlation(http_conn *c) { /* the request's, if it is harmless to logs; else a new one */
+    const http_header *h = http_find(&c->req, "x-correlation-id");
+    int ok = h && h->value.len >= 1 && h->value.len <= 64;
+    for (size_t i = 0; ok && i < h->value.len; i++) {
+        char ch = h->value.ptr[i];
+        ok = (ch >= '0' && ch <= '9') || (str_lower(ch) >= 'a' && str_lower(ch) <= 'z') || ch == '-';
+    }
+    if (ok) memcpy(c->correlation, h->value.ptr, h->value.len), c->correlation[h->value.len] = 0;
+    else sys_uuid(c->correlation);
+}
+
+static const char *route_framing_message(const engine_error *e) {
+    if (e == &ERR_TOO_LARGE) return "the body is larger than 1 MiB";
+    if (e == &ERR_HEADERS) return "the head is larger than 16 KiB or has more than 100 headers";
+    if (e == &ERR_HTTP_VERSION) return "only HTTP/1.0 and HTTP/1.1 are spoken here";
+    return "malformed HTTP request";
+}
+
+/* Takes the next request as far as its bytes have come. 0: nothing more to do now. */
+static int route_step(route_server *s, http_conn *c, double now) {
+    const engine_error *error;
+    int got;
+    if (c->state == HTTP_HEAD) {
+        if ((got = http_read_head(c, &error)) == 0) return 0;
+        if (got < 0) sys_uuid(c->correlation);
+        else route_set_correlation(c);
+        if (got < 0) return route_reject(c, error, route_framing_message(error)), 1;
+        if (s->status == ROUTE_DRAINING) c->req.keep_alive = 0;
+        if (!route_check(s, c)) return c->in.len = c->close_after ? 0 : c->in.len, 1;
+        if (c->req.expect_continue && !c->body_done && c->in.len == 0) buf_puts(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
+        c->state = HTTP_BODY, c->t_input = now;
+    }
+    if ((got = http_read_body(c, &error)) == 0) return 0;
+    if (got < 0) return route_reject(c, error, route_framing_message(error)), 1;
+    c->state = HTTP_HEAD, c->t_input = now;
+    const route *r = route_find(c->req.path);
+    if (r->needs_engine && !s->e) route_refuse(s, c, &ERR_NOT_READY, "the model is loading", "", str_of(""));
+    else r->answer(s, c);
+    if (c->body.cap > ROUTE_KEEP_BUFFER) buf_free(&c->body);
+    return 1;
+}
+
+static void route_advance(route_server *s, http_conn *c, double now) {
+    while ((c->state == HTTP_HEAD || c->state == HTTP_BODY) && !c->close_after && c->out.len < HTTP_MAX_OUT)
+        if (!route_step(s, c, now)) break;
+    if (c->out.len && c->state != HTTP_DEAD) http_send(c, now);
+    if (c->close_after && c->out.len == 0 && c->state < HTTP_WAIT) http_finish(c, now);
+    if (c->eof && c->out.len == 0 && c->state < HTTP_WAIT) c->state = HTTP_DEAD; /* nothing more can come, nothing is owed */
+}
+
+/* Time limits of a connection and the pings of its stream. */
+static void route_tick(route_server *s, http_conn *c, double now) {
+    const route_settings *set = &s->set;
+    double waited = (now - c->t_input) * 1000;
+    if (c->out.len && (now - c->t_output) * 1000 > set->write_timeout_ms) c->state = HTTP_DEAD;
+    else if (c->state == HTTP_LINGER && waited > HTTP_LINGER_MS) c->state = HTTP_DEAD;
+    else if (c->state == HTTP_HEAD && c->in.len == 0 && c->out.len == 0 && waited > set->idle_timeout_ms) c->state = HTTP_DEAD;
+    else if (c->state == HTTP_HEAD && c->in.len && !c->close_after && waited > set->header_timeout_ms) {
+        c->body_done = 1, c->req.keep_alive = 0, c->req.method.len = 0;
+        route_reject(c, &ERR_REQUEST_TIMEOUT, "the request's head did not come in time");
+        route_advance(s, c, now);
+    } else if (c->state == HTTP_BODY && waited > set->body_timeout_ms) {
+        route_reject(c, &ERR_REQUEST_TIMEOUT, "the request's body did not come in time");
+        route_advance(s, c, now);
+    } else if (c->stream && c->stream->begun && (now - c->stream->t_event) * 1000 >= set->sse_ping_ms) {
+        route_put_chunk(c, str_of(": ping\n\n"));
+        c->stream->t_event = now;
+        http_send(c, now);
+    }
+}
+
+/* The next moment, in ms from now, at which route_tick may have something to do. */
+static double route_due_ms(const route_server *s, const http_conn *c, double now) {
+    const route_settings *set = &s->set;
+    double due = 60000, waited = (now - c->t_input) * 1000;
+    if (c->state == HTTP_HEAD) due = (c->in.len ? set->header_timeout_ms : set->idle_timeout_ms) - waited;
+    if (c->state == HTTP_BODY) due = set->body_timeout_ms - waited;
+    if (c->state == HTTP_LINGER) due = HTTP_LINGER_MS - waited;
+    if (c->stream && c->stream->begun) due = set->sse_ping_ms - (now - c->stream->t_event) * 1000;
+    double stalled = set->write_timeout_ms - (now - c->t_output) * 1000;
+    if (c->out.len && stalled < due) due = stalled;
+    return due > 0 ? due + 1 : 0;
+}
+
+static void route_on_event(route_server *s, http_conn *c, short events, double now) {
+    int had_eof = c->eof;
+    if (events & (POLLIN | POLLRDHUP)) http_receive(c, now);
+    if (events & (POLLERR | POLLHUP | POLLNVAL)) c->state = HTTP_DEAD;
+    if (c->state != HTTP_DEAD && (events & POLLOUT)) http_send(c, now);
+    if (c->stream && c->stream->begun && c->eof && !had_eof && c->state != HTTP_DEAD) {
+        route_put_chunk(c, str_of(": ping\n\n")); /* a client that has left altogether answers it with a reset */
+        http_send(c, now);
+    }
+    if (c->state == HTTP_LINGER && c->eof) c->state = HTTP_DEAD;
+    route_advance(s, c, now);
+}
+
+static void route_accept(route_server *s, double now) {
+    while (s->n_conns < s->max_conns) {
+        int fd = accept4(s->listen_fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        if (fd < 0 && (errno == EINTR || errno == ECONNABORTED)) continue;
+        if (fd < 0) {
+            if (errno != EAGAIN && errno != EWOULDBLOCK) s->t_accept = now + 0.1; /* out of descriptors or memory: let some go first */
+            return;
+        }
+        http_conn *c = http_conn_new(fd, now);
+        if (c) s->conn[s->n_conns++] = c;
+        else close(fd);
+    }
+}
+
+static void route_sweep(route_server *s) { /* frees dead connections */
+    for (int i = 0; i < s->n_conns;) {
+        http_conn *c = s->conn[i];
+        if (c->state != HTTP_DEAD) {
+            i++;
+            continue;
+        }
+        if (c->stream) route_abandon(c->stream);
+        http_conn_free(c);
+        s->conn[i] = s->conn[--s->n_conns];
+    }
+}
+
+/* ---- the loop ---- */
+
+static void route_refresh_memory(route_server *s, double now) {
+    if (now - s->t_memory < 1 && s->t_memory > 0) return;
+    s->memory = sys_memory_used(), s->t_memory = now;
+    __atomic_store_n(&s->resident, s->memory.resident, __ATOMIC_RELAXED);
+}
+
+/* What changed outside of connections: the model is loaded, a signal came, the parent is gone. 0: end. */
+static int route_housekeeping(route_server *s, double now) {
+    if (!s->e && (s->e = __atomic_load_n(&s->loaded, __ATOMIC_ACQUIRE)) != NULL && s->status == ROUTE_LOADING) s->status = ROUTE_READY;
+    if (__atomic_load_n(&s->fatal, __ATOMIC_ACQUIRE) >= 0) return 0;
+    if (__atomic_load_n(&s->signals, __ATOMIC_RELAXED)) route_begin_drain(s, "signal");
+    if (s->set.exit_with_parent && getppid() != s->parent) route_begin_drain(s, "the parent process has ended");
+    if (s->status != ROUTE_DRAINING) return 1;
+    engine_stats stats = {0};
+    if (s->e) stats = engine_snapshot(s->e);
+    double waited = now - s->t_drain;
+    if (s->e && stats.live && waited >= s->set.drain_timeout_s) engine_drain(s->e, 1);
+    int unsent = 0;
+    for (int i = 0; i < s->n_conns; i++) unsent += s->conn[i]->out.len > 0;
+    if (stats.live == 0 && s->n_streams == 0 && (unsent == 0 || waited > s->set.drain_timeout_s + 0.5)) return 0;
+    return waited < s->set.drain_timeout_s + 0.8; /* an engine that does not stop, or streams that nobody reads */
+}
+
+static int route_poll(route_server *s, struct pollfd *p, double now) {
+    int listening = s->n_conns < s->max_conns && now >= s->t_accept;
+    double due = s->status == ROUTE_DRAINING ? 20 : s->set.exit_with_parent ? 250 : s->t_accept > now ? 100 : 60000;
+    p[0].fd = s->wake[0], p[0].events = POLLIN;
+    p[1].fd = listening ? s->listen_fd : -1, p[1].events = POLLIN;
+    for (int i = 0; i < s->n_conns; i++) {
+        http_conn *c = s->conn[i];
+        int reads = !c->eof && c->in.len < HTTP_MAX_IN && !(c->out.len >= HTTP_MAX_OUT && c->state < HTTP_WAIT);
+        p[i + 2].fd = c->fd;
+        p[i + 2].events = (short)((reads ? POLLIN : 0) | (c->eof ? 0 : POLLRDHUP) | (c->out.len ? POLLOUT : 0));
+        if (c->in.len >= HTTP_MAX_IN) p[i + 2].events &= ~POLLRDHUP; /* level-triggered: it would spin */
+        double d = route_due_ms(s, c, now);
+        if (d < due) due = d;
+    }
+    return poll(p, (nfds_t)s->n_conns + 2, (int)due);
+}
+
+/* Serves until shutdown, a fatal error or the second signal. Returns the process's exit code. */
+static int route_serve(route_server *s) {
+    struct pollfd *p = sys_zalloc(ROUTE_MAX_CONNS + 2, sizeof *p);
+    if (!p) return 1;
+    for (double now = sys_now(); route_housekeeping(s, now);) {
+        int n = s->n_conns, ready = route_poll(s, p, now);
+        now = sys_now();
+        route_refresh_memory(s, now);
+        if (ready > 0 && p[0].revents) {
+            char drop[512];
+            while (read(s->wake[0], drop, sizeof drop) > 0) continue;
+        }
+        route_take_all_news(s, now);
+        for (int i = 0; i < n; i++) {
+            if (ready > 0 && p[i + 2].revents) route_on_event(s, s->conn[i], p[i + 2].revents, now);
+            else if (s->conn[i]->out.len || s->conn[i]->in.len) route_advance(s, s->conn[i], now);
+            if (s->conn[i]->state != HTTP_DEAD) route_tick(s, s->conn[i], now);
+        }
+        route_sweep(s);
+        if (ready > 0 && p[1].revents) route_accept(s, now);
+    }
+    free(p);
+    int fatal = __atomic_load_n(&s->fatal, __ATOMIC_ACQUIRE);
+    return fatal >= 0 ? fatal : 0;
+}
+
+/* ==== Pool-manager client ==================================================================
+ * The ready callback: one POST to the URL that the pool manager gave, from the thread that loaded the
+ * model. Answers of 2xx register the worker; anything else is tried again after each of three pauses. */
+
+typedef struct {
+    char host[256], path[2048]; /* path with its query, as given */
+    int port;
+    const char *authority;      /* "host:port" in the URL, for the Host header */
+    int authority_len;
+} callback_url;
+
+enum { CALLBACK_TIMEOUT_MS = 10000, CALLBACK_SLICE_MS = 50 };
+
+/* http://host[:port][/path]. Returns what is wrong with it, or NULL. out points into url. */
+static const char *callback_parse(const char *url, callback_url *out) {
+    memset(out, 0, sizeof *out);
+    for (const char *p = url; *p; p++)
+        if ((unsigned char)*p <= ' ' || (unsigned char)*p >= 0x7f) return "the URL holds a space, a control character or a non-ASCII character";
+    if (strncmp(url, "https://", 8) == 0) return "https is not spoken here: use http:// to a local TLS proxy";
+    if (strncmp(url, "http://", 7)) return "the URL must begin with http://";
+    const char *host = url + 7, *end = host + strcspn(host, "/?#"), *colon = NULL;
+    if (memchr(host, '@', (size_t)(end - host))) return "a user name in the URL is not supported";
+    out->authority = host, out->authority_len = (int)(end - host);
+    const char *name = host, *name_end = end;
+    if (*host == '[') {
+        name = host + 1, name_end = memchr(host, ']', (size_t)(end - host));
+        if (!name_end) return "the URL's host lacks a ']'";
+        if (name_end + 1 < end) colon = name_end + 1;
+        if (colon && *colon != ':') return "the URL's host is malformed";
+    } else if ((colon = memchr(host, ':', (size_t)(end - host))) != NULL) name_end = colon;
+    if (name_end == name || (size_t)(name_end - name) >= sizeof out->host) return "the URL names no host";
+    snprintf(out->host, sizeof out->host, "%.*s", (int)(name_end - name), name);
+    out->port = 80;
+    if (colon) {
+        char *stop;
+        long port = strtol(colon + 1, &stop, 10);
+        if (stop != end || colon + 1 == end || port < 1 || port > 65535 || colon[1] < '0' || colon[1] > '9') return "the URL's port must be 1 to 65535";
+        out->port = (int)port;
+    }
+    if (strlen(end) + 2 > sizeof out->path) return "the URL is too long";
+    snprintf(out->path, sizeof out->path, "%s%.*s", *end == '/' ? "" : "/", (int)strcspn(end, "#"), end);
+    return NULL;
+}
+
+/* Waits for events on fd until `until`, in slices that notice *stop. */
+static int callback_wait(int fd, short events, double until, const int *stop) {
+    while (!__atomic_load_n(stop, __ATOMIC_ACQUIRE)) {
+        struct pollfd p = {fd, events, 0};
+        double left = (until - sys_now()) * 1000;
+        if (left <= 0) return 0;
+        int n = poll(&p, 1, left < CALLBACK_SLICE_MS ? (int)left + 1 : CALLBACK_SLICE_MS);
+        if (n > 0) return 1;
+        if (n < 0 && errno != EINTR) return 0;
+    }
+    return 0;
+}
+
+static int callback_connect(const callback_url *u, double until, const int *stop) { /* a socket, or -1 */
+    struct addrinfo hints, *list = NULL;
+    char port[16];
+    int fd = -1;
+    memset(&hints, 0, sizeof hints);
+    hints.ai_socktype = SOCK_STREAM;
+    snprintf(port, sizeof port, "%d", u->port);
+    if (getaddrinfo(u->host, port, &hints, &list)) return -1;
+    for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
+        int error = 0;
+        socklen_t n = sizeof error;
+        fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+        if (fd < 0) continue;
+        if (connect(fd, a->ai_addr, a->ai_addrlen) && errno != EINPROGRESS) error = errno;
+        else if (!callback_wait(fd, POLLOUT, until, stop) || getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &n)) error = ETIMEDOUT;
+        if (error) close(fd), fd = -1;
+    }
+    freeaddrinfo(list);
+    return fd;
+}
+
+/* The address that this end of the connection has, as it stands in a URL. */
+static void callback_local_address(int fd, char out[64]) {
+    struct sockaddr_storage a;
+    socklen_t n = sizeof a;
+    char text[INET6_ADDRSTRLEN] = "127.0.0.1";
+    memset(&a, 0, sizeof a);
+    getsockname(fd, (struct sockaddr *)&a, &n);
+    if (a.ss_family == AF_INET) inet_ntop(AF_INET, &((struct sockaddr_in *)(void *)&a)->sin_addr, text, sizeof text);
+    if (a.ss_family == AF_INET6) inet_ntop(AF_INET6, &((struct sockaddr_in6 *)(void *)&a)->sin6_addr, text, sizeof text);
+    if (strncmp(text, "::ffff:", 7) == 0) memmove(text, text + 7, strlen(text + 7) + 1);
+    snprintf(out, 64, strchr(text, ':') ? "[%s]" : "%s", text);
+}
+
+typedef struct { /* what the callback tells */
+    const char *worker_id, *model_ref, *advertise_uri, *spawn_token, *host; /* host NULL: all interfaces */
+    int port;
+    uint64_t memory_bytes;
+} callback_info;
+
+static void callback_body(const callback_info *info, int fd, buf *b) {
+    char local[64], uri[512];
+    callback_local_address(fd, local);
+    snprintf(uri, sizeof uri, "http://%s:%d", info->host ? info->host : local, info->port);
+    buf_putc(b, '{');
+    json_kv_cstr(b, "worker_id", info->worker_id);
+    json_kv_cstr(b, "model_ref", info->model_ref);
+    json_kv_u64(b, "memory_bytes", info->memory_bytes);
+    json_kv_int(b, "vram_bytes", 0);
+    json_kv_cstr(b, "memory_architecture", "cpu");
+    json_kv_cstr(b, "uri", info->advertise_uri ? info->advertise_uri : uri);
+    json_kv_cstr(b, "worker_type", "cpu");
+    json_put_key(b, "capabilities"), buf_puts(b, "[\"text-gen\"]");
+    json_kv_cstr(b, "protocol", "sse");
+    buf_putc(b, '}');
+}
+
+/* One attempt: the status of the answer, or 0 when there is none. The request goes out in one write. */
+static int callback_post(const callback_url *u, const callback_info *info, const int *stop) {
+    double until = sys_now() + CALLBACK_TIMEOUT_MS / 1000.0;
+    buf body = {0}, request = {0};
+    char answer[16] = "";
+    int fd = callback_connect(u, until, stop), n = 0;
+    if (fd < 0) return 0;
+    callback_body(info, fd, &body);
+    buf_printf(&request, "POST %s HTTP/1.1\r\nHost: %.*s\r\nUser-Agent: lorch/" LORCH_VERSION "\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n",
+               u->path, u->authority_len, u->authority, body.len);
+    if (info->spawn_token) buf_printf(&request, "Authorization: Bearer %s\r\n", info->spawn_token);
+    buf_puts(&request, "Connection: close\r\n\r\n");
+    buf_add(&request, body.ptr, body.len);
+    int sent = !request.failed && send(fd, request.ptr, request.len, MSG_NOSIGNAL) == (ssize_t)request.len;
+    while (sent && n < 12 && callback_wait(fd, POLLIN, until, stop)) {
+        ssize_t got = recv(fd, answer + n, (size_t)(12 - n), 0);
+        if (got < 0 && (errno == EINTR || errno == EAGAIN)) continue;
+        if (got <= 0) break;
+        n += (int)got;
+    }
+    if (request.ptr) memset(request.ptr, 0, request.len); /* it holds the spawn token */
+    buf_free(&body), buf_free(&request);
+    close(fd);
+    int status = n == 12 && memcmp(answer, "HTTP/1.", 7) == 0 && answer[8] == ' ' ? atoi(answer + 9) : 0;
+    return status >= 100 && status <= 599 ? status : 0;
+}
+
+/* Registers the worker, with three retries. 1: registered; 0: refused, which has been logged; -1: *stop. */
+static int callback_run(const callback_url *u, const callback_info *info, const int *stop) {
+    static const double pauses[] = {0.25, 0.5, 1};
+    int status = 0;
+    for (int attempt = 0; attempt < 4; attempt++) {
+        if (attempt) callback_wait(-1, 0, sys_now() + pauses[attempt - 1], stop);
+        if (__atomic_load_n(stop, __ATOMIC_ACQUIRE)) return -1;
+        status = callback_post(u, info, stop);
+        if (status >= 200 && status <= 299) {
+            log_note(LOG_INFO, "registered", "\"status\":%d,\"attempts\":%d", status, attempt + 1);
+            return 1;
+        }
+        if (__atomic_load_n(stop, __ATOMIC_ACQUIRE)) return -1;
+        log_note(LOG_WARN, "error", "\"message\":\"the pool manager did not take the ready callback\",\"status\":%d,\"attempt\":%d", status, attempt + 1);
+    }
+    log_note(LOG_ERROR, "error", "\"code\":\"CALLBACK_REFUSED\",\"message\":\"the pool manager refused the ready callback four times\",\"status\":%d", status);
+    return 0;
+}
+
+#ifndef LORCH_NO_MAIN
+/* ==== Command line =========================================================================
+ * Options are rows of cli_options, the same for every command that takes them: from the command line, then
+ * LLORCH_* in the environment, then a config file, then the default. Values are checked after merging. A
+ * usage error is one line and exit 2; a model or run-time failure exit 1. */
+
+enum cli_command { CLI_SERVE = 1, CLI_GENERATE = 2, CLI_INSPECT = 4, CLI_TOKENIZE = 8, CLI_DETOKENIZE = 16, CLI_SCORE = 32, CLI_BENCH = 64, CLI_SELFTEST = 128 };
+enum cli_kind { CLI_STRING, CLI_INT, CLI_FLOAT, CLI_SWITCH, CLI_CHOICE };
+
+typedef struct {
+    const char *worker_id, *model, *model_ref, *host, *callback_url, *advertise_uri, *spawn_token, *api_token_file, *config, *log_format, *log_level,
+        *kv_type, *pre, *prompt, *ids, *gpu_device;
+    const char *stop[MAX_STOPS];
+    int n_stop;
+    int64_t port, max_tokens_in, max_tokens_out, inference_timeout_s, kv_cache_mb, parallel, queue, context, threads, chunk, drain_timeout_s, sse_ping_ms,
+        header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, n, top, top_k, bench_prompt, bench_batch, bench_rounds;
+    uint64_t seed;
+    double temperature, top_p, min_p, repetition_penalty;
+    int insecure, exit_with_parent, lazy, json, special, no_bos, ignore_eos, has_seed;
+    /* not options */
+    enum cli_command command;
+    const char *file;      /* the subcommands' MODEL */
+    char *api_token;       /* owned */
+    const char *program;
+} cli_settings;
+
+typedef struct {
+    const char *name, *short_name; /* without dashes */
+    enum cli_kind kind;
+    unsigned commands;             /* the commands that take it */
+    size_t field;
+    double lo, hi;                 /* of numbers */
+    const char *standard;          /* default, or NULL; of a CHOICE: the default */
+    const char *arg, *help;        /* arg of a CHOICE: the values, separated by | */
+} cli_option;
+
+enum {
+    CLI_ENGINE = CLI_SERVE | CLI_GENERATE | CLI_SCORE | CLI_BENCH,
+    CLI_TOKENS = CLI_ENGINE | CLI_TOKENIZE | CLI_DETOKENIZE | CLI_INSPECT,
+    CLI_JSON = CLI_GENERATE | CLI_INSPECT | CLI_TOKENIZE | CLI_SCORE | CLI_BENCH | CLI_SELFTEST
+};
+
+#define F(field) offsetof(cli_settings, field)
+static const cli_option cli_options[] = {
+    {"model", 0, CLI_STRING, CLI_SERVE, F(model), 0, 0, 0, "PATH", "the GGUF file to serve (required)"},
+    {"model-ref", 0, CLI_STRING, CLI_SERVE, F(model_ref), 0, 0, 0, "REF", "what the pool manager calls it; default file: and the absolute path"},
+    {"worker-id", 0, CLI_STRING, CLI_SERVE, F(worker_id), 0, 0, 0, "ID", "unique in the pool; default a random UUID"},
+    {"host", 0, CLI_STRING, CLI_SERVE, F(host), 0, 0, "127.0.0.1", "ADDR", "address to listen on; default 127.0.0.1"},
+    {"port", 0, CLI_INT, CLI_SERVE, F(port), 0, 65535, "0", "N", "port to listen on; default a free one, printed on stdout"},
+    {"callback-url", 0, CLI_STRING, CLI_SERVE, F(callback_url), 0, 0, 0, "URL", "POST the ready callback there; default: standalone"},
+    {"advertise-uri", 0, CLI_STRING, CLI_SERVE, F(advertise_uri), 0, 0, 0, "URI", "what the callback reports as the worker's address"},
+    {"spawn-token", 0, CLI_STRING, CLI_SERVE, F(spawn_token), 0, 0, 0, "TOKEN", "sent with the callback as a bearer token"},
+    {"api-token-file", 0, CLI_STRING, CLI_SERVE, F(api_token_file), 0, 0, 0, "FILE", "requests need the bearer token in FILE (or $LLORCH_API_TOKEN)"},
+    {"insecure", 0, CLI_SWITCH, CLI_SERVE, F(insecure), 0, 0, 0, 0, "allow listening beyond loopback without a token"},
+    {"parallel", 0, CLI_INT, CLI_SERVE, F(parallel), 1, MAX_PARALLEL, "4", "N", "jobs that run at the same time; default 4"},
+    {"queue", 0, CLI_INT, CLI_SERVE, F(queue), 0, MAX_QUEUE, "32", "N", "jobs that may wait; default 32"},
+    {"max-tokens-in", 0, CLI_INT, CLI_SERVE, F(max_tokens_in), 1, MAX_CONTEXT, 0, "N", "longest prompt in tokens; default the context"},
+    {"max-tokens-out", 0, CLI_INT, CLI_SERVE, F(max_tokens_out), 1, MAX_CONTEXT, "2048", "N", "largest max_tokens of a job; default 2048"},
+    {"inference-timeout-sec", 0, CLI_INT, CLI_SERVE, F(inference_timeout_s), 0, 1e9, "300", "N", "longest run of a job, 0 for none; default 300"},
+    {"drain-timeout", 0, CLI_INT, CLI_SERVE, F(drain_timeout_s), 0, 3600, "4", "SEC", "how long running jobs may finish at shutdown; default 4"},
+    {"exit-with-parent", 0, CLI_SWITCH, CLI_SERVE, F(exit_with_parent), 0, 0, 0, 0, "shut down when the process that started this one ends"},
+    {"lazy", 0, CLI_SWITCH, CLI_SERVE, F(lazy), 0, 0, 0, 0, "do not read the file into memory before ready"},
+    {"sse-ping-ms", 0, CLI_INT, CLI_SERVE, F(sse_ping_ms), 10, 3600000, "5000", "MS", "silence before a stream gets a ping; default 5000"},
+    {"header-timeout-ms", 0, CLI_INT, CLI_SERVE, F(header_timeout_ms), 10, 3600000, "10000", "MS", "for a request's head to come; default 10000"},
+    {"body-timeout-ms", 0, CLI_INT, CLI_SERVE, F(body_timeout_ms), 10, 3600000, "30000", "MS", "for a request's body to come; default 30000"},
+    {"idle-timeout-ms", 0, CLI_INT, CLI_SERVE, F(idle_timeout_ms), 10, 86400000, "75000", "MS", "before an idle connection is closed; default 75000"},
+    {"write-timeout-ms", 0, CLI_INT, CLI_SERVE, F(write_timeout_ms), 10, 3600000, "30000", "MS", "before a client that reads nothing is dropped; default 30000"},
+    {"log-format", 0, CLI_CHOICE, CLI_SERVE, F(log_format), 0, 0, 0, "json|text", "default text on a terminal, else json"},
+    {"log-level", 0, CLI_CHOICE, CLI_SERVE, F(log_level), 0, 0, "INFO", "ERROR|WARN|INFO|DEBUG|TRACE", "default INFO"},
+    {"config", 0, CLI_STRING, CLI_SERVE, F(config), 0, 0, 0, "FILE", "lines of `flag: value`, flags without dashes"},
+    {"gpu-device", 0, CLI_STRING, CLI_SERVE, F(gpu_device), 0, 0, 0, "N", "accepted and ignored: this is a CPU worker"},
+    {"context", 0, CLI_INT, CLI_ENGINE, F(context), 1, MAX_CONTEXT, 0, "N", "positions of prompt and output together; default the model's, if they fit"},
+    {"threads", "t", CLI_INT, CLI_ENGINE, F(threads), 1, MAX_THREADS, 0, "N", "compute threads; default by affinity, CPU quota and physical cores"},
+    {"kv-type", 0, CLI_CHOICE, CLI_ENGINE, F(kv_type), 0, 0, "f16", "f16|f32", "numbers in the KV cache; default f16"},
+    {"kv-cache-size-mb", 0, CLI_INT, CLI_SERVE, F(kv_cache_mb), 1, 1e12, 0, "N", "MiB of KV cache; default parallel x context, at most a quarter of free memory"},
+    {"chunk", 0, CLI_INT, CLI_ENGINE, F(chunk), 1, 1024, 0, "N", "most prompt tokens in one step; default 256"},
+    {"pre", 0, CLI_STRING, CLI_TOKENS, F(pre), 0, 0, 0, "NAME", "pre-tokenizer to use instead of the one that the file names"},
+    {"prompt", "p", CLI_STRING, CLI_GENERATE, F(prompt), 0, 0, 0, "TEXT", "the prompt; default standard input"},
+    {"max-tokens", "n", CLI_INT, CLI_GENERATE, F(n), 1, MAX_CONTEXT, "2048", "N", "most tokens to generate; default 2048"},
+    {"temperature", 0, CLI_FLOAT, CLI_GENERATE, F(temperature), 0, 2, "1", "X", "0 is greedy; default 1"},
+    {"top-k", 0, CLI_INT, CLI_GENERATE, F(top_k), 0, MAX_VOCAB, "0", "N", "most likely tokens to choose from, 0 for all; default 0"},
+    {"top-p", 0, CLI_FLOAT, CLI_GENERATE, F(top_p), 0, 1, "1", "X", "least probability mass to choose from; default 1"},
+    {"min-p", 0, CLI_FLOAT, CLI_GENERATE, F(min_p), 0, 1, "0", "X", "least probability relative to the best token's; default 0"},
+    {"repetition-penalty", 0, CLI_FLOAT, CLI_GENERATE, F(repetition_penalty), 1e-6, 2, "1", "X", "above 0, up to 2; default 1"},
+    {"seed", 0, CLI_STRING, CLI_GENERATE, F(seed), 0, 0, 0, "N", "decides every draw; default random, printed with --json"},
+    {"stop", 0, CLI_STRING, CLI_GENERATE, F(stop), 0, 0, 0, "TEXT", "ends the text before TEXT; up to 4 times"},
+    {"ignore-eos", 0, CLI_SWITCH, CLI_GENERATE, F(ignore_eos), 0, 0, 0, 0, "never choose an end-of-generation token"},
+    {"special", 0, CLI_SWITCH, CLI_GENERATE | CLI_TOKENIZE | CLI_DETOKENIZE | CLI_SCORE, F(special), 0, 0, 0, 0, "read (or write) control tokens as such"},
+    {"no-bos", 0, CLI_SWITCH, CLI_TOKENIZE, F(no_bos), 0, 0, 0, 0, "do not begin as a prompt does"},
+    {"ids", 0, CLI_STRING, CLI_SCORE, F(ids), 0, 0, 0, "1,2,3", "token ids to score; default: text on standard input"},
+    {"top", 0, CLI_INT, CLI_SCORE, F(top), 0, MAX_VOCAB, "8", "N", "most likely tokens to list; default 8"},
+    {"bench-prompt", "p", CLI_INT, CLI_BENCH, F(bench_prompt), 0, MAX_CONTEXT, "512", "N", "prompt tokens; default 512"},
+    {"bench-tokens", "n", CLI_INT, CLI_BENCH, F(n), 0, MAX_CONTEXT, "64", "N", "tokens to decode; default 64"},
+    {"batch", "b", CLI_INT, CLI_BENCH, F(bench_batch), 1, MAX_PARALLEL, "1", "N", "sequences that decode together; default 1"},
+    {"rounds", "r", CLI_INT, CLI_BENCH, F(bench_rounds), 1, 1000, "3", "N", "rounds, of which the median counts; default 3"},
+    {"json", 0, CLI_SWITCH, CLI_JSON, F(json), 0, 0, 0, 0, "print JSON"},
+};
+#undef F
+enum { N_CLI_OPTIONS = sizeof cli_options / sizeof *cli_options };
+
+typedef struct { /* where a value came from, for messages */
+    char *value;      /* owned */
+    char source[160];
+    int rank;         /* 0: none, 1: file, 2: environment, 3: command line */
+} cli_value;
+
+static cli_value cli_values[N_CLI_OPTIONS];
+
+__attribute__((format(printf, 1, 2), noreturn)) static void cli_usage_error(const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    fputs("lorch: ", stderr);
+    vfprintf(stderr, fmt, ap);
+    fputc('\n', stderr);
+    va_end(ap);
+    exit(2);
+}
+
+/* ---- collecting values ---- */
+
+static const cli_option *cli_find(str name, enum cli_command command) {
+    for (int i = 0; i < N_CLI_OPTIONS; i++)
+        if ((cli_options[i].commands & (unsigned)command) && str_is(name, cli_options[i].name)) return &cli_options[i];
+    return NULL;
+}
+
+static void cli_store(cli_settings *c, const cli_option *o, const char *value, int rank, const char *source) {
+    cli_value *v = &cli_values[o - cli_options];
+    if (o->field == offsetof(cli_settings, stop)) { /* the one that may come several times */
+        if (c->n_stop == MAX_STOPS) cli_usage_error("%s: at most %d stop strings", source, MAX_STOPS);
+        c->stop[c->n_stop++] = value;
+        return;
+    }
+    if (rank < v->rank) return;
+    free(v->value);
+    v->value = str_dup(str_of(value)), v->rank = rank;
+    snprintf(v->source, sizeof v->source, "%s", source);
+    if (!v->value) cli_usage_error("out of memory");
+}
+
+static const cli_option *cli_match(const char *arg, enum cli_command command, const char **value) { /* --name, --name=value, -x */
+    *value = NULL;
+    if (arg[0] == '-' && arg[1] == '-') {
+        const char *equals = strchr(arg, '=');
+        if (equals) *value = equals + 1;
+        return cli_find(str_make(arg + 2, equals ? (size_t)(equals - arg - 2) : strlen(arg + 2)), command);
+    }
+    for (int i = 0; i < N_CLI_OPTIONS; i++)
+        if ((cli_options[i].commands & (unsigned)command) && cli_options[i].short_name && strcmp(arg + 1, cli_options[i].short_name) == 0) return &cli_options[i];
+    return NULL;
+}
+
+static void cli_from_arguments(cli_settings *c, int argc, char **argv, int first) {
+    for (int i = first; i < argc; i++) {
+        char *arg = argv[i];
+        if (arg[0] != '-' || arg[1] == 0) {
+            if (c->command == CLI_SERVE || c->file) cli_usage_error("unexpected argument '%.60s'", arg);
+            c->file = arg;
+            continue;
+        }
+        const char *value;
+        const cli_option *o = cli_match(arg, c->command, &value);
+        char source[96];
+        snprintf(source, sizeof source, "%.*s", (int)strcspn(arg, "="), arg);
+        if (!o) cli_usage_error("unknown option %.60s (see %s --help)", source, c->program);
+        if (o->kind == CLI_SWITCH && !value) value = "true";
+        if (!value && ++i == argc) cli_usage_error("%s needs a value", source);
+        if (!value) value = argv[i];
+        cli_store(c, o, value, 3, source);
+        if (o->field == offsetof(cli_settings, spawn_token)) memset((char *)(uintptr_t)value, 'x', strlen(value)); /* argv is for everyone to see */
+    }
+}
+
+static void cli_env_name(const cli_option *o, char out[64]) {
+    int n = snprintf(out, 64, "LLORCH_%s", o->name);
+    for (int i = 7; i < n; i++) out[i] = out[i] == '-' ? '_' : (char)(out[i] >= 'a' && out[i] <= 'z' ? out[i] - 32 : out[i]);
+}
+
+static void cli_from_environment(cli_settings *c) {
+    char name[64];
+    for (int i = 0; i < N_CLI_OPTIONS; i++) {
+        if (!(cli_options[i].commands & (unsigned)c->command)) continue;
+        cli_env_name(&cli_options[i], name);
+        char *value = getenv(name);
+        if (!value) continue;
+        cli_store(c, &cli_options[i], value, 2, name);
+        if (cli_options[i].field == offsetof(cli_settings, spawn_token)) memset(value, 'x', strlen(value)), unsetenv(name);
+    }
+}
+
+/* line = [ key ":" value ] [ "#" comment ]; a value may stand in quotes */
+static void cli_from_line(cli_settings *c, const char *path, int number, str line) {
+    char source[160];
+    line = str_trim(line);
+    if (line.len == 0 || line.ptr[0] == '#' || str_is(line, "---")) return;
+    const char *colon = memchr(line.ptr, ':', line.len);
+    size_t n = colon ? (size_t)(colon - line.ptr) : line.len;
+    str key = str_trim(str_make(line.ptr, n)), value = str_make("", 0);
+    if (!colon) cli_usage_error("%s:%d: '%.*s' is not `key: value`", path, number, (int)(n < 60 ? n : 60), line.ptr);
+    value = str_trim(str_make(colon + 1, line.len - n - 1));
+    char quote = value.len && (*value.ptr == '"' || *value.ptr == '\'') ? *value.ptr : 0;
+    const char *close = quote ? memchr(value.ptr + 1, quote, value.len - 1) : NULL;
+    if (close) value = str_make(value.ptr + 1, (size_t)(close - value.ptr - 1));
+    else
+        for (size_t i = 0; i < value.len; i++)
+            if (value.ptr[i] == '#' && (i == 0 || value.ptr[i - 1] == ' ' || value.ptr[i - 1] == '\t')) value = str_trim(str_make(value.ptr, i));
+    char name[64];
+    snprintf(name, sizeof name, "%.*s", (int)(key.len < 63 ? key.len : 63), key.ptr);
+    for (char *p = name; *p; p++) *p = *p == '_' ? '-' : *p;
+    const cli_option *o = cli_find(str_of(name), CLI_SERVE);
+    if (!o || o->field == offsetof(cli_settings, config)) cli_usage_error("%s:%d: unknown key '%s'", path, number, name);
+    snprintf(source, sizeof source, "%.80s:%d: %s", path, number, name);
+    char *copy = str_dup(value);
+    if (!copy) cli_usage_error("out of memory");
+    cli_store(c, o, copy, 1, source);
+    free(copy);
+}
+
+static void cli_from_file(cli_settings *c, const char *path, const char *source) {
+    static char text[65536];
+    int n = sys_read_file(path, text, sizeof text), number = 1;
+    if (n < 0) cli_usage_error("%s: cannot read %s: %s", source, path, strerror(errno));
+    if (n == (int)sizeof text - 1) cli_usage_error("%s: %s is larger than 64 KiB", source, path);
+    for (char *p = text; *p; number++) {
+        size_t len = strcspn(p, "\n"), used = len;
+        if (used && p[used - 1] == '\r') used--;
+        cli_from_line(c, path, number, str_make(p, used));
+        p += len + (p[len] == '\n');
+    }
+}
+
+/* ---- checking values ---- */
+
+static void cli_set_number(cli_settings *c, const cli_option *o, const char *value, const char *source) {
+    char *end, *at = (char *)c + o->field;
+    errno = 0;
+    if (o->kind == CLI_INT) {
+        long long v = strtoll(value, &end, 10);
+        int digits = value[0] && strspn(value + (value[0] == '-'), "0123456789") == strlen(value + (value[0] == '-'));
+        if (!digits || *end || errno || (double)v < o->lo || (double)v > o->hi)
+            cli_usage_error("%s: '%.40s' is not a whole number of %.0f to %.0f", source, value, o->lo, o->hi);
+        *(int64_t *)(void *)at = v;
+    } else {
+        double v = strtod(value, &end);
+        if (!*value || *end || !(v >= o->lo && v <= o->hi)) cli_usage_error("%s: '%.40s' is not a number of %g to %g", source, value, o->lo, o->hi);
+        *(double *)(void *)at = v;
+    }
+}
+
+static void cli_set_choice(cli_settings *c, const cli_option *o, const char *value, const char *source) {
+    for (const char *p = o->arg; *p;) {
+        size_t n = strcspn(p, "|");
+        if (strlen(value) == n && memcmp(value, p, n) == 0) {
+            *(const char **)(void *)((char *)c + o->field) = value;
+            return;
+        }
+        p += n + (p[n] == '|');
+    }
+    cli_usage_error("%s: '%.40s' is not one of %s", source, value, o->arg);
+}
+
+static void cli_set(cli_settings *c, const cli_option *o, const char *value, const char *source) {
+    void *at = (char *)c + o->field;
+    if (o->kind == CLI_INT || o->kind == CLI_FLOAT) cli_set_number(c, o, value, source);
+    else if (o->kind == CLI_CHOICE) cli_set_choice(c, o, value, source);
+    else if (o->kind == CLI_SWITCH) {
+        str v = str_of(value);
+        int yes = str_ieq(v, "true") || str_is(v, "1") || str_ieq(v, "yes"), no = str_ieq(v, "false") || str_is(v, "0") || str_ieq(v, "no");
+        if (!yes && !no) cli_usage_error("%s: '%.40s' is neither true nor false", source, value);
+        *(int *)at = yes;
+    } else if (o->field == offsetof(cli_settings, seed)) {
+        if (!json_u64(str_of(value), &c->seed) || !*value) cli_usage_error("%s: '%.40s' is not a whole number of 0 to 2^64 - 1", source, value);
+        c->has_seed = 1;
+    } else *(const char **)at = value;
+}
+
+static void cli_merge(cli_settings *c) {
+    const cli_value *config = &cli_values[cli_find(str_of("config"), CLI_SERVE) - cli_options];
+    if (c->command == CLI_SERVE && config->value) cli_from_file(c, config->value, config->source);
+    for (int i = 0; i < N_CLI_OPTIONS; i++) {
+        const cli_option *o = &cli_options[i];
+        if (!(o->commands & (unsigned)c->command) || o->field == offsetof(cli_settings, stop)) continue;
+        if (cli_values[i].value) cli_set(c, o, cli_values[i].value, cli_values[i].source);
+        else if (o->standard) cli_set(c, o, o->standard, o->name);
+    }
+}
+
+static const char *cli_source(const char *name) { /* how the option was given, for messages */
+    const cli_option *o = cli_find(str_of(name), CLI_SERVE);
+    static char dashed[64];
+    if (o && cli_values[o - cli_options].value) return cli_values[o - cli_options].source;
+    snprintf(dashed, sizeof dashed, "--%s", name);
+    return dashed;
+}
+
+/* ---- help ---- */
+
+static void cli_help_options(unsigned commands, unsigned but) {
+    for (int i = 0; i < N_CLI_OPTIONS; i++) {
+        const cli_option *o = &cli_options[i];
+        char left[96];
+        if (!(o->commands & commands) || (o->commands & but)) continue;
+        if (o->short_name && o->commands != CLI_ENGINE) snprintf(left, sizeof left, "-%s %s", o->short_name, o->arg);
+        else snprintf(left, sizeof left, "--%s%s%s", o->name, o->arg ? " " : "", o->arg ? o->arg : "");
+        printf(strlen(left) < 28 ? "  %-28s %s\n" : "  %s\n%31s%s\n", left, strlen(left) < 28 ? o->help : "", o->help);
+    }
+}
+
+static void cli_help(void) {
+    puts("lorch " LORCH_VERSION ": a CPU worker for LLM orchestrators, in one C file\n\n"
+         "  lorch --model M.gguf [options]     serve M over HTTP\n"
+         "  lorch generate M.gguf -p TEXT      print a continuation of TEXT\n"
+         "  lorch inspect M.gguf               check the file and describe it\n"
+         "  lorch tokenize M.gguf              text on standard input to ids\n"
+         "  lorch detokenize M.gguf            ids on standard input to text\n"
+         "  lorch score M.gguf --ids 1,2,3     log-probabilities, position by position\n"
+         "  lorch bench M.gguf                 speed, beside what the machine could do\n"
+         "  lorch selftest                     every kernel against the plain loop\n\n"
+         "Each option of the worker is also an environment variable (--worker-id: LLORCH_WORKER_ID) and a line in the\n"
+         "config file (worker-id: w1). The command line wins, then the environment, then the file.\n\nWorker:");
+    cli_help_options(CLI_SERVE, 0);
+    puts("  --version                    print the version\n  --help                       print this\n\n"
+         "Subcommands (also --context, --threads or -t, --kv-type, --chunk and --pre, where they make sense):");
+    static const struct { const char *name; unsigned command; } subs[] = {{"generate", CLI_GENERATE}, {"tokenize", CLI_TOKENIZE}, {"score", CLI_SCORE}, {"bench", CLI_BENCH}};
+    for (size_t i = 0; i < sizeof subs / sizeof *subs; i++) {
+        printf(" %s\n", subs[i].name);
+        cli_help_options(subs[i].command, CLI_SERVE | (i > 1 ? 0 : 0));
+    }
+    puts("\nLORCH_SIMD=scalar|avx2|... forces an instruction set. Exit codes: 0 well, 1 model or run-time failure, 2 usage,\n"
+         "3 the pool manager refused the ready callback, 130 second signal.");
+}
+
+/* ---- engine options ---- */
+
+static void cli_engine_options(const cli_settings *c, lorch_options *o) {
+    lorch_defaults(o);
+    o->n_threads = (int)c->threads, o->n_ctx = (int)c->context, o->chunk = (int)c->chunk;
+    o->kv_f32 = c->kv_type && strcmp(c->kv_type, "f32") == 0;
+    o->pre = c->pre;
+    if (c->command == CLI_SERVE) o->n_parallel = (int)c->parallel, o->n_queue = (int)c->queue, o->kv_bytes = (uint64_t)c->kv_cache_mb << 20;
+    else o->n_parallel = 1;
+}
+
+/* ---- the worker's life ---- */
+
+typedef struct { /* what the starter thread needs: loads the model, then calls the pool manager back */
+    const cli_settings *settings;
+    route_server server;
+    callback_url url;
+    callback_info info;
+    int has_callback, stop; /* stop is atomic: the server has ended */
+    int percent;
+} cli_worker;
+
+static cli_worker cli_the_worker; /* static for the signal handler's sake */
+
+static void cli_on_signal(int sig) {
+    int saved = errno;
+    (void)sig;
+    if (__atomic_add_fetch(&cli_the_worker.server.signals, 1, __ATOMIC_RELAXED) > 1) _exit(130);
+    route_wake(&cli_the_worker.server);
+    errno = saved;
+}
+
+static void cli_bar(const char *what, double share) { /* on a terminal only */
+    char bar[31];
+    int n = (int)(share * 30);
+    memset(bar, '-', 30), memset(bar, '#', (size_t)n), bar[30] = 0;
+    fprintf(stderr, "\r%s [%s] %3.0f%%%s", what, bar, share * 100, share >= 1 ? "\n" : "");
+    fflush(stderr);
+}
+
+static void cli_progress(cli_worker *w, int percent) { /* 0, 25, 50, 75, 100: once each */
+    for (; w->percent <= percent; w->percent += 25) {
+        if (!log_state.json && log_state.level >= LOG_INFO && isatty(STDERR_FILENO)) cli_bar("loading", w->percent / 100.0);
+        else log_note(LOG_INFO, "model_load_progress", "\"percent\":%d", w->percent);
+    }
+}
+
+static int cli_read_progress(void *user, double share) {
+    cli_worker *w = user;
+    cli_progress(w, share >= 1 ? 75 : share >= 0.5 ? 50 : 25);
+    return __atomic_load_n(&w->stop, __ATOMIC_ACQUIRE);
+}
+
+static void cli_end_server(cli_worker *w, int code) {
+    __atomic_store_n(&w->server.fatal, code, __ATOMIC_RELEASE);
+    route_wake(&w->server);
+}
+
+/* A start-up failure: one log line with all that an operator asks for. */
+static void cli_log_failure(const char *code, const char *message, const char *path, uint64_t required) {
+    buf b = {0};
+    json_kv_cstr(&b, "code", code);
+    json_kv_cstr(&b, "message", message);
+    json_kv_cstr(&b, "model_path", path);
+    json_kv_u64(&b, "memory_available_bytes", sys_memory_available());
+    json_kv_u64(&b, "memory_required_bytes", required);
+    log_event(LOG_ERROR, "error", NULL, str_of(""), buf_cstr(&b));
+    buf_free(&b);
+}
+
+static engine *cli_load(cli_worker *w) {
+    char err[LORCH_ERROR_BYTES];
+    const cli_settings *c = w->settings;
+    struct stat st;
+    lorch_options o;
+    uint64_t size = stat(c->model, &st) == 0 && S_ISREG(st.st_mode) ? (uint64_t)st.st_size : 0;
+    buf b = {0};
+    json_kv_cstr(&b, "model_path", c->model);
+    log_event(LOG_INFO, "model_load_start", NULL, str_of(""), buf_cstr(&b));
+    buf_free(&b);
+    cli_progress(w, 0);
+    model *m = model_load(c->model, c->pre, err, sizeof err);
+    if (!m) return cli_log_failure("MODEL_LOAD_FAILED", err, c->model, size), NULL;
+    cli_progress(w, 25);
+    if (!c->lazy) gguf_read_ahead(m->file, cli_read_progress, w);
+    cli_progress(w, 75);
+    cli_engine_options(c, &o);
+    engine *e = engine_open(m, &o, 1, err, sizeof err);
+    if (!e) {
+        int memory = strncmp(err, "INSUFFICIENT_MEMORY: ", 21) == 0;
+        cli_log_failure(memory ? "INSUFFICIENT_MEMORY" : "MODEL_LOAD_FAILED", memory ? err + 21 : err, c->model, size + o.kv_bytes);
+        return NULL;
+    }
+    e->inference_timeout_s = (int)c->inference_timeout_s, e->max_tokens_in = (int)c->max_tokens_in;
+    return e;
+}
+
+static void cli_log_loaded(const engine *e, double seconds) {
+    buf b = {0};
+    json_kv_cstr(&b, "model", e->m->name), json_kv_cstr(&b, "architecture", e->m->arch->name), json_kv_cstr(&b, "quant_kind", e->m->quant);
+    json_kv_u64(&b, "weights_bytes", e->m->weight_bytes), json_kv_u64(&b, "kv_bytes", engine_kv_bytes(e)), json_kv_u64(&b, "scratch_bytes", engine_private_bytes(e));
+    json_kv_int(&b, "context_length", e->n_ctx), json_kv_cstr(&b, "simd", e->k->name);
+    json_kv_int(&b, "threads", e->threads.n_threads), json_kv_cstr(&b, "threads_because", e->threads_because);
+    json_kv_num(&b, "load_ms", seconds * 1000, 1);
+    log_event(LOG_INFO, "model_load_complete", NULL, str_of(""), buf_cstr(&b));
+    if (!LORCH_OPTIMISED) log_note(LOG_WARN, "model_load_complete", "\"warning\":\"built without optimisation: rebuild with cc -O3 for full speed\"");
+    buf_free(&b);
+}
+
+static void *cli_starter(void *arg) {
+    cli_worker *w = arg;
+    double from = sys_now();
+    engine *e = cli_load(w);
+    if (!e) {
+        cli_end_server(w, 1);
+        return NULL;
+    }
+    cli_log_loaded(e, sys_now() - from);
+    cli_progress(w, 100);
+    __atomic_store_n(&w->server.loaded, e, __ATOMIC_RELEASE);
+    route_wake(&w->server);
+    log_note(LOG_INFO, "ready", "\"port\":%d,\"ready_ms\":%.0f", w->info.port, (sys_now() - w->server.t_start) * 1000);
+    w->info.memory_bytes = e->m->weight_bytes + engine_kv_bytes(e) + engine_private_bytes(e);
+    if (w->has_callback && callback_run(&w->url, &w->info, &w->stop) == 0) cli_end_server(w, 3);
+    return NULL;
+}
+
+/* Listens; sets *port to the one chosen. Returns the socket, or -1 with errno. */
+static int cli_listen(const struct addrinfo *a, int *port) {
+    struct sockaddr_storage bound;
+    socklen_t n = sizeof bound;
+    int on = 1, fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0) return -1;
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (bind(fd, a->ai_addr, a->ai_addrlen) || listen(fd, 1024) || getsockname(fd, (struct sockaddr *)&bound, &n)) {
+        int saved = errno;
+        close(fd);
+        errno = saved;
+        return -1;
+    }
+    *port = ntohs(bound.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)(void *)&bound)->sin6_port : ((struct sockaddr_in *)(void *)&bound)->sin_port);
+    return fd;
+}
+
+enum cli_reach { CLI_LOOPBACK, CLI_ONE_ADDRESS, CLI_ALL };
+
+static enum cli_reach cli_reach_of(const struct sockaddr *a) {
+    if (a->sa_family == AF_INET) {
+        uint32_t v4 = ntohl(((const struct sockaddr_in *)(const void *)a)->sin_addr.s_addr);
+        return v4 >> 24 == 127 ? CLI_LOOPBACK : v4 == 0 ? CLI_ALL : CLI_ONE_ADDRESS;
+    }
+    const struct in6_addr *v6 = &((const struct sockaddr_in6 *)(const void *)a)->sin6_addr;
+    return IN6_IS_ADDR_LOOPBACK(v6) ? CLI_LOOPBACK : IN6_IS_ADDR_UNSPECIFIED(v6) ? CLI_ALL : CLI_ONE_ADDRESS;
+}
+
+static void cli_read_token(cli_settings *c) { /* --api-token-file, else LLORCH_API_TOKEN, which is wiped */
+    char text[4096], *env = getenv("LLORCH_API_TOKEN");
+    str token = {"", 0};
+    if (c->api_token_file) {
+        int n = sys_read_file(c->api_token_file, text, sizeof text);
+        if (n < 0) cli_usage_error("%s: cannot read %s: %s", cli_source("api-token-file"), c->api_token_file, strerror(errno));
+        token = str_make(text, (size_t)n);
+        while (token.len && (token.ptr[token.len - 1] == '\n' || token.ptr[token.len - 1] == '\r')) token.len--;
+        token = str_trim(token);
+        if (token.len == 0) cli_usage_error("%s: %s holds no token", cli_source("api-token-file"), c->api_token_file);
+    } else if (env && *env) token = str_of(env);
+    for (size_t i = 0; i < token.len; i++)
+        if ((unsigned char)token.ptr[i] <= ' ' || (unsigned char)token.ptr[i] >= 0x7f)
+            cli_usage_error("%s: the token must be printable ASCII without spaces", c->api_token_file ? cli_source("api-token-file") : "LLORCH_API_TOKEN");
+    if (token.len) c->api_token = str_dup(token);
+    memset(text, 0, sizeof text);
+    if (env) memset(env, 0, strlen(env)), unsetenv("LLORCH_API_TOKEN");
+}
+
+static struct addrinfo *cli_resolve(const cli_settings *c) {
+    struct addrinfo hints, *a = NULL;
+    char port[16];
+    memset(&hints, 0, sizeof hints);
+    hints.ai_socktype = SOCK_STREAM, hints.ai_flags = AI_PASSIVE | AI_NUMERICHOST;
+    snprintf(port, sizeof port, "%d", (int)c->port);
+    if (getaddrinfo(c->host, port, &hints, &a) == 0) return a;
+    hints.ai_flags = AI_PASSIVE;
+    if (getaddrinfo(c->host, port, &hints, &a)) cli_usage_error("%s: '%.100s' is no address of this machine", cli_source("host"), c->host);
+    return a;
+}
+
+/* Checks all that can be checked before anything is opened. Strings that it makes live as long as the process. */
+static void cli_check_serve(cli_settings *c, cli_worker *w) {
+    static char uuid[37], ref[PATH_MAX + 8];
+    char full[PATH_MAX];
+    if (!c->model || !*c->model) cli_usage_error("--model is required (see %s --help)", c->program);
+    if (!c->worker_id) sys_uuid(uuid), c->worker_id = uuid;
+    size_t n = strlen(c->worker_id);
+    for (size_t i = 0; i < n; i++)
+        if ((unsigned char)c->worker_id[i] < ' ' || (unsigned char)c->worker_id[i] >= 0x7f || strchr("\"\\", c->worker_id[i])) n = 0;
+    if (n < 1 || n >= sizeof log_state.worker_id) cli_usage_error("%s: a worker id is 1 to 127 printable ASCII characters but \" and \\", cli_source("worker-id"));
+    if (!c->model_ref) {
+        snprintf(ref, sizeof ref, "file:%s", realpath(c->model, full) ? full : c->model);
+        c->model_ref = ref;
+    }
+    if (c->callback_url && *c->callback_url) {
+        const char *wrong = callback_parse(c->callback_url, &w->url);
+        if (wrong) cli_usage_error("%s: %s", cli_source("callback-url"), wrong);
+        w->has_callback = strstr(c->callback_url, "localhost:9999") == NULL; /* the system's test mode */
+    }
+    if (c->spawn_token)
+        for (const char *p = c->spawn_token; *p; p++)
+            if ((unsigned char)*p <= ' ' || (unsigned char)*p >= 0x7f) cli_usage_error("%s: the token must be printable ASCII without spaces", cli_source("spawn-token"));
+    cli_read_token(c);
+}
+
+static void cli_route_settings(const cli_settings *c, int loopback, route_settings *s) {
+    s->worker_id = c->worker_id, s->model_ref = c->model_ref, s->model_path = c->model, s->api_token = c->api_token;
+    s->max_tokens_out = (int)c->max_tokens_out, s->header_timeout_ms = (int)c->header_timeout_ms, s->body_timeout_ms = (int)c->body_timeout_ms;
+    s->idle_timeout_ms = (int)c->idle_timeout_ms, s->write_timeout_ms = (int)c->write_timeout_ms, s->sse_ping_ms = (int)c->sse_ping_ms;
+    s->drain_timeout_s = (int)c->drain_timeout_s, s->exit_with_parent = c->exit_with_parent;
+    s->check_host = loopback && !c->api_token;
+}
+
+static int cli_open_server(cli_worker *w, const route_settings *set) {
+    route_server *s = &w->server;
+    struct rlimit files;
+    struct sigaction act;
+    s->set = *set, s->fatal = -1, s->t_start = sys_now(), s->parent = getppid();
+    pthread_mutex_init(&s->lock, NULL);
+    if (pipe2(s->wake, O_NONBLOCK | O_CLOEXEC)) return 0;
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        files.rlim_cur = files.rlim_max < 65536 ? files.rlim_max : 65536;
+        setrlimit(RLIMIT_NOFILE, &files);
+        getrlimit(RLIMIT_NOFILE, &files);
+    } else files.rlim_cur = 1024;
+    s->max_conns = files.rlim_cur < ROUTE_MAX_CONNS + ROUTE_SPARE_FDS ? (int)files.rlim_cur - ROUTE_SPARE_FDS : ROUTE_MAX_CONNS;
+    if (s->max_conns < 1) s->max_conns = 1;
+    memset(&act, 0, sizeof act);
+    act.sa_handler = cli_on_signal;
+    sigaction(SIGTERM, &act, NULL), sigaction(SIGINT, &act, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    return 1;
+}
+
+/* Ends what still runs and gives everything back. A layer that takes longer than the drain's grace is not waited for. */
+static void cli_close_server(cli_worker *w) {
+    route_server *s = &w->server;
+    for (int i = 0; i < s->n_conns; i++) s->conn[i]->state = HTTP_DEAD;
+    route_sweep(s);
+    engine *e = __atomic_load_n(&s->loaded, __ATOMIC_ACQUIRE);
+    if (e) s->e = e, engine_drain(e, 1), engine_join(e);
+    route_take_all_news(s, sys_now());
+    engine_close(e);
+    close(s->listen_fd), close(s->wake[0]), close(s->wake[1]);
+    free(w->settings->api_token);
+    for (int i = 0; i < N_CLI_OPTIONS; i++) free(cli_values[i].value);
+}
+
+static int cli_serve(cli_settings *c) {
+    cli_worker *w = &cli_the_worker;
+    route_settings set = {0};
+    pthread_t starter;
+    char message[256];
+    int port = 0;
+    w->settings = c;
+    cli_check_serve(c, w);
+    struct addrinfo *a = cli_resolve(c);
+    enum cli_reach reach = cli_reach_of(a->ai_addr);
+    if (reach != CLI_LOOPBACK && !c->api_token && !c->insecure)
+        cli_usage_error("%s: %s is open to others: give --api-token-file (or LLORCH_API_TOKEN), or --insecure", cli_source("host"), c->host);
+    log_state.quiet = 0, log_state.json = c->log_format ? strcmp(c->log_format, "json") == 0 : !isatty(STDERR_FILENO);
+    for (int i = 0; i <= LOG_TRACE; i++)
+        if (strcmp(log_level_names[i], c->log_level) == 0) log_state.level = (enum log_level)i;
+    snprintf(log_state.worker_id, sizeof log_state.worker_id, "%s", c->worker_id);
+    cli_route_settings(c, reach == CLI_LOOPBACK, &set);
+    if (!cli_open_server(w, &set) || (w->server.listen_fd = cli_listen(a, &port)) < 0) {
+        snprintf(message, sizeof message, "cannot listen on %s port %d: %s", c->host, (int)c->port, strerror(errno));
+        cli_log_failure("MODEL_LOAD_FAILED", message, c->model, 0);
+        freeaddrinfo(a);
+        return 1;
+    }
+    log_note(LOG_INFO, "startup", "\"version\":\"%s\",\"port\":%d,\"pid\":%ld", LORCH_VERSION, port, (long)getpid());
+    if (c->gpu_device) log_note(LOG_WARN, "startup", "\"warning\":\"--gpu-device is ignored: this is a CPU worker\"");
+    printf("%d\n", port);
+    fflush(stdout);
+    callback_info info = {c->worker_id, c->model_ref, c->advertise_uri, c->spawn_token, reach == CLI_ALL ? NULL : strchr(c->host, ':') ? "[::1]" : c->host, port, 0};
+    char host[128];
+    if (reach == CLI_ONE_ADDRESS && strchr(c->host, ':')) snprintf(host, sizeof host, "[%.120s]", c->host), info.host = host;
+    w->info = info;
+    freeaddrinfo(a);
+    if (sys_thread(&starter, cli_starter, w)) return cli_log_failure("MODEL_LOAD_FAILED", "cannot start a thread", c->model, 0), 1;
+    int code = route_serve(&w->server);
+    __atomic_store_n(&w->stop, 1, __ATOMIC_RELEASE);
+    pthread_join(starter, NULL);
+    cli_close_server(w);
+    log_note(LOG_INFO, "shutdown", "\"exit_code\":%d", code);
+    return code;
+}
+
+/* ---- subcommands ---- */
+
+static int cli_fail(const char *message) { /* exit 1: file, model, run time */
+    fprintf(stderr, "lorch: %s\n", message);
+    return 1;
+}
+
+static int cli_read_stdin(buf *b) {
+    size_t n;
+    do {
+        if (!buf_reserve(b, 65536)) return 0;
+        n = fread(b->ptr + b->len, 1, 65536, stdin);
+        b->len += n;
+    } while (n);
+    return !ferror(stdin);
+}
+
+static void cli_print(const buf *b) { fwrite(b->ptr, 1, b->len, stdout); }
+
+static void cli_put_ids(buf *b, const int32_t *id, int n) { /* [1,2,3] */
+    buf_putc(b, '[');
+    for (int i = 0; i < n; i++) buf_printf(b, i ? ",%ld" : "%ld", (long)id[i]);
+    buf_putc(b, ']');
+}
+
+typedef struct {
+    tok_ids ids;
+    buf text;
+    int json, bar;  /* bar: a progress bar stands on stderr */
+} cli_output;
+
+static int cli_on_token(const lorch_token *t, void *user) {
+    cli_output *out = user;
+    tok_ids_add(&out->ids, t->id);
+    if (out->json) buf_add(&out->text, t->text, t->len);
+    else if (fwrite(t->text, 1, t->len, stdout) != t->len || fflush(stdout)) return 1; /* nobody reads any more */
+    return 0;
+}
+
+static void cli_print_generated(const cli_settings *c, const tok_ids *prompt, cli_output *out, const lorch_params *p, lorch_reason reason, const lorch_stats *st) {
+    static const char *const reasons[] = {"FAILED", "MAX_TOKENS", "EOS", "STOP_SEQUENCE", "CANCELLED"};
+    buf b = {0};
+    buf_putc(&b, '{');
+    json_kv_str(&b, "text", buf_str(&out->text));
+    json_put_key(&b, "prompt_ids"), cli_put_ids(&b, prompt->id, prompt->n);
+    json_put_key(&b, "ids"), cli_put_ids(&b, out->ids.id, out->ids.n);
+    json_kv_cstr(&b, "stop_reason", reasons[reason]);
+    if (st->stop_matched >= 0) json_kv_cstr(&b, "stop_sequence_matched", c->stop[st->stop_matched]);
+    json_kv_u64(&b, "seed", p->seed);
+    json_kv_num(&b, "prefill_ms", st->prefill_seconds * 1000, 1);
+    json_kv_num(&b, "decode_ms", st->decode_seconds * 1000, 1);
+    buf_puts(&b, "}\n");
+    cli_print(&b);
+    buf_free(&b);
+}
+
+static int cli_generate(cli_settings *c) {
+    char err[LORCH_ERROR_BYTES];
+    lorch_options o;
+    lorch_params p;
+    lorch_stats st;
+    buf prompt = {0};
+    cli_output out = {{0}, {0}, c->json, 0};
+    tok_ids ids = {0};
+    cli_engine_options(c, &o);
+    lorch *l = lorch_load(c->file, &o, err);
+    if (!l) return cli_fail(err);
+    lorch_params_defaults(&p);
+    p.max_tokens = (int)c->n, p.temperature = (float)c->temperature, p.top_p = (float)c->top_p, p.min_p = (float)c->min_p, p.top_k = (int)c->top_k;
+    p.repetition_penalty = (float)c->repetition_penalty, p.special = c->special, p.ignore_eos = c->ignore_eos, p.stop = c->stop, p.n_stop = c->n_stop;
+    p.seed = c->has_seed ? c->seed : sys_random() >> 11;
+    if (c->prompt) buf_puts(&prompt, c->prompt);
+    else cli_read_stdin(&prompt);
+    if (!c->json && c->prompt) fwrite(prompt.ptr ? prompt.ptr : "", 1, prompt.len, stdout), fflush(stdout);
+    lorch_reason reason = lorch_generate(l, NULL, prompt.ptr ? prompt.ptr : "", prompt.len, &p, cli_on_token, &out, &st, err);
+    if (reason != LORCH_FAILED && c->json && tok_encode(l->e->m->tok, buf_str(&prompt), TOK_BOS | (c->special ? TOK_SPECIAL : 0), &ids))
+        cli_print_generated(c, &ids, &out, &p, reason, &st);
+    else if (!c->json) putchar('\n');
+    free(ids.id), free(out.ids.id);
+    buf_free(&out.text), buf_free(&prompt);
+    lorch_free(l);
+    return reason == LORCH_FAILED ? cli_fail(err) : 0;
+}
+
+static void cli_put_formats(buf *b, const gguf_file *g) { /* {"F32":9,"Q8_0":57}: tensors by format */
+    buf_putc(b, '{');
+    for (uint32_t type = 0; type < QUANT_TYPES; type++) {
+        int n = 0;
+        for (uint64_t i = 0; i < g->n_tensors; i++) n += g->tensor[i].type == type;
+        if (n) json_kv_int(b, quant_formats[type].name, n);
+    }
+    buf_putc(b, '}');
+}
+
+static void cli_put_tokenizer(buf *b, const tok *t) {
+    json_put_key(b, "tokenizer"), buf_putc(b, '{');
+    json_kv_cstr(b, "kind", t->name), json_kv_int(b, "vocab_size", t->n), json_kv_int(b, "bos", t->bos), json_kv_int(b, "eos", t->eos);
+    json_kv_bool(b, "add_bos", t->add_bos);
+    if (t->pre) json_kv_str(b, "pre", str_make(t->pre->names, strcspn(t->pre->names, " ")));
+    json_put_key(b, "end_of_generation");
+    buf_putc(b, '[');
+    for (int32_t i = 0, n = 0; i < t->n; i++)
+        if (t->entry[i].ends) buf_printf(b, n++ ? ",%ld" : "%ld", (long)i);
+    buf_puts(b, "]}");
+}
+
+static void cli_put_model(buf *b, const model *m, const kv_layout *kv, size_t scratch) {
+    json_kv_cstr(b, "model", m->name), json_kv_cstr(b, "quant_kind", m->quant);
+    json_kv_int(b, "context_length", m->n_ctx_train), json_kv_int(b, "n_layer", m->n_layer), json_kv_int(b, "n_embd", m->n_embd);
+    json_kv_int(b, "n_head", m->n_head), json_kv_int(b, "n_head_kv", m->n_head_kv), json_kv_int(b, "head_dim", m->head_dim), json_kv_int(b, "n_ff", m->n_ff);
+    json_kv_num(b, "rope_base", m->rope_base, 1), json_kv_num(b, "rope_factor", m->rope_factor, 3);
+    json_put_key(b, "memory"), buf_putc(b, '{');
+    json_kv_u64(b, "weights", m->weight_bytes), json_kv_u64(b, "weights_per_token", m->token_bytes);
+    json_kv_u64(b, "kv_per_token", kv->block_bytes / KV_BLOCK), json_kv_u64(b, "kv_whole_context", (uint64_t)kv_blocks_for(m->n_ctx_train) * kv->block_bytes);
+    json_kv_u64(b, "scratch", scratch);
+    buf_putc(b, '}');
+}
+
+/* Prints a JSON object a member a line, for people. */
+static void cli_print_readable(str object) {
+    int depth = 0, quoted = 0;
+    for (size_t i = 1; i + 1 < object.len; i++) {
+        char ch = object.ptr[i];
+        if (ch == '"' && object.ptr[i - 1] != '\\') quoted = !quoted;
+        if (!quoted) depth += (ch == '{' || ch == '[') - (ch == '}' || ch == ']');
+        if (ch == ',' && !quoted && depth == 0) putchar('\n');
+        else if (ch == '"' && depth == 0) continue;
+        else if (ch == ':' && !quoted) fputs(depth ? ":" : ": ", stdout);
+        else putchar(ch);
+    }
+    putchar('\n');
+}
+
+static int cli_inspect(cli_settings *c) {
+    char err[LORCH_ERROR_BYTES];
+    gguf_file *g = gguf_open(c->file, err, sizeof err);
+    if (!g) return cli_fail(err);
+    int vocab_only = g->n_tensors == 0;
+    tok *t = vocab_only ? tok_load(g, c->pre, err, sizeof err) : NULL;
+    model *m = vocab_only ? NULL : model_load(c->file, c->pre, err, sizeof err);
+    int ok = t || m;
+    if (ok) {
+        buf b = {0};
+        const char *reason;
+        buf_putc(&b, '{');
+        json_kv_str(&b, "architecture", gguf_get_str(g, "general.architecture"));
+        if (m) {
+            kv_layout kv = kv_layout_of(m->n_layer, m->n_head_kv, m->head_dim, 1);
+            cli_put_model(&b, m, &kv, model_run_bytes(m, sys_default_threads(&reason), 256, 4));
+        }
+        json_kv_bool(&b, "vocabulary_only", vocab_only);
+        json_kv_int(&b, "gguf_version", (int)g->version), json_kv_u64(&b, "file_bytes", g->size), json_kv_u64(&b, "tensors", g->n_tensors);
+        json_put_key(&b, "formats"), cli_put_formats(&b, g);
+        cli_put_tokenizer(&b, m ? m->tok : t);
+        json_kv_bool(&b, "chat_template", gguf_get_str(g, "tokenizer.chat_template").len > 0);
+        buf_putc(&b, '}');
+        if (c->json) cli_print(&b), putchar('\n');
+        else cli_print_readable(buf_str(&b));
+        buf_free(&b);
+    }
+    tok_free(t), model_free(m), gguf_close(g);
+    return ok ? 0 : cli_fail(err);
+}
+
+static tok *cli_open_tokenizer(const cli_settings *c, gguf_file **g) {
+    char err[LORCH_ERROR_BYTES];
+    *g = gguf_open(c->file, err, sizeof err);
+    tok *t = *g ? tok_load(*g, c->pre, err, sizeof err) : NULL;
+    if (!t) gguf_close(*g), cli_fail(err);
+    return t;
+}
+
+static int cli_tokenize(cli_settings *c) {
+    gguf_file *g;
+    tok *t = cli_open_tokenizer(c, &g);
+    buf text = {0}, b = {0};
+    tok_ids ids = {0};
+    if (!t) return 1;
+    int ok = cli_read_stdin(&text) && tok_encode(t, buf_str(&text), (c->no_bos ? 0 : TOK_BOS) | (c->special ? TOK_SPECIAL : 0), &ids);
+    if (ok) cli_put_ids(&b, ids.id, ids.n), buf_putc(&b, '\n'), cli_print(&b);
+    free(ids.id), buf_free(&text), buf_free(&b);
+    tok_free(t), gguf_close(g);
+    return ok ? 0 : cli_fail("standard input is not UTF-8, or memory ran out");
+}
+
+/* Reads ids separated by anything but digits and minus signs, within 0..n_vocab-1. */
+static int cli_parse_ids(const char *p, int n_vocab, tok_ids *ids) {
+    while (*p) {
+        if (strchr("[], \t\r\n", *p)) {
+            p++;
+            continue;
+        }
+        char *end;
+        long v = strtol(p, &end, 10);
+        if (end == p || v < 0 || v >= n_vocab) return 0;
+        tok_ids_add(ids, (int32_t)v);
+        p = end;
+    }
+    return !ids->failed;
+}
+
+static int cli_detokenize(cli_settings *c) {
+    gguf_file *g;
+    tok *t = cli_open_tokenizer(c, &g);
+    buf text = {0}, b = {0};
+    tok_ids ids = {0};
+    if (!t) return 1;
+    int ok = cli_read_stdin(&text) && cli_parse_ids(buf_cstr(&text), t->n, &ids);
+    if (ok) tok_decode(t, ids.id, ids.n, c->special, &b), cli_print(&b);
+    free(ids.id), buf_free(&text), buf_free(&b);
+    tok_free(t), gguf_close(g);
+    return ok ? 0 : cli_fail("standard input is not a list of token ids of this vocabulary");
+}
+
+/* ---- score and bench: the forward pass without the engine ---- */
+
+typedef struct {
+    model *m;
+    pool threads;
+    kv_pool kv;
+    model_run run;
+    int n_ctx, chunk;
+} cli_run;
+
+static void cli_run_close(cli_run *r) {
+    if (r->threads.n_threads) pool_stop(&r->threads);
+    model_run_close(&r->run);
+    kv_pool_close(&r->kv);
+    model_free(r->m);
+}
+
+/* n_ctx: positions that the KV pool must hold; max_logits: 0: as many as a chunk has tokens. */
+static int cli_run_open(cli_run *r, const cli_settings *c, int n_ctx, int min_batch, int max_logits) {
+    char err[LORCH_ERROR_BYTES];
+    const char *reason;
+    memset(r, 0, sizeof *r);
+    const mat_kernels *k = mat_choose(err, sizeof err);
+    r->m = k ? model_load(c->file, c->pre, err, sizeof err) : NULL;
+    if (!r->m) return cli_fail(err), 0;
+    r->n_ctx = n_ctx, r->chunk = c->chunk ? (int)c->chunk : 256;
+    int most = r->chunk > min_batch ? r->chunk : min_batch;
+    pool_start(&r->threads, c->threads ? (int)c->threads : sys_default_threads(&reason));
+    kv_layout layout = kv_layout_of(r->m->n_layer, r->m->n_head_kv, r->m->head_dim, strcmp(c->kv_type, "f32") != 0);
+    if (kv_pool_open(&r->kv, layout, kv_blocks_for(n_ctx)) && model_run_open(&r->run, r->m, k, &r->threads, &r->kv, most, max_logits ? max_logits : most)) return 1;
+    cli_run_close(r);
+    return cli_fail("INSUFFICIENT_MEMORY: cannot allocate the KV cache and scratch"), 0;
+}
+
+/* Computes n tokens of one sequence from position `from` on, in chunks; wants the logits of all or of none. */
+static void cli_forward(cli_run *r, const int32_t *id, int from, int n, const uint32_t *block, int want_logits) {
+    int32_t pos[1024];
+    const uint32_t *blocks[1024];
+    unsigned char want[1024];
+    for (int i = 0; i < n; i++) pos[i] = from + i, blocks[i] = block, want[i] = (unsigned char)want_logits;
+    model_batch b = {n, id, pos, blocks, want, NULL, NULL};
+    model_forward(&r->run, &b);
+}
+
+static void cli_hash(uint64_t *h, const float *logits, int n) { /* over the bits, with one NaN for all */
+    for (int i = 0; i < n; i++) {
+        uint32_t bits = num_bits(logits[i]);
+        if ((bits & 0x7fffffff) > 0x7f800000u) bits = 0x7fc00000;
+        *h = (*h ^ bits) * 0x100000001b3u;
+    }
+    *h ^= *h >> 32;
+}
+
+static double cli_log_sum(const float *logits, int n) { /* log of the sum of exp(logit) */
+    double most = logits[sample_argmax(logits, n)], sum = 0;
+    for (int i = 0; i < n; i++) sum += num_exp(logits[i] - most);
+    return most + num_log(sum);
+}
+
+static void cli_print_position(int i, int32_t id, double logprob, const float *logits, int n_vocab, int top, double log_sum, unsigned char *used) {
+    buf b = {0};
+    buf_printf(&b, "{\"i\":%d,\"id\":%ld,\"logprob\":", i, (long)id);
+    if (i) buf_printf(&b, "%.6f", logprob);
+    else buf_puts(&b, "null");
+    buf_puts(&b, ",\"top\":[");
+    memset(used, 0, (size_t)n_vocab);
+    for (int k = 0; k < top && k < n_vocab; k++) {
+        int best = -1;
+        for (int v = 0; v < n_vocab; v++)
+            if (!used[v] && (best < 0 || logits[v] > logits[best])) best = v;
+        used[best] = 1;
+        buf_printf(&b, "%s[%d,%.6f]", k ? "," : "", best, logits[best] - log_sum);
+    }
+    buf_puts(&b, "]}\n");
+    cli_print(&b);
+    buf_free(&b);
+}
+
+static int cli_score_ids(cli_settings *c, cli_run *r, const tok_ids *ids) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    double sum = 0, next = 0;
+    int n_vocab = r->m->n_vocab, ok = 1;
+    uint32_t *block = sys_zalloc((size_t)r->kv.n_blocks, sizeof *block);
+    unsigned char *used = sys_zalloc((size_t)n_vocab, 1);
+    kv_seq seq = {block, 0};
+    if (!block || !used || !kv_reserve(&r->kv, &seq, ids->n)) ok = 0;
+    for (int from = 0; ok && from < ids->n; from += r->chunk) {
+        int n = ids->n - from < r->chunk ? ids->n - from : r->chunk;
+        cli_forward(r, ids->id + from, from, n, block, 1);
+        for (int i = from; i < from + n; i++) {
+            const float *logits = r->run.logits + (size_t)(i - from) * (size_t)n_vocab;
+            cli_hash(&hash, logits, n_vocab);
+            ok &= sample_finite(logits, n_vocab);
+            double log_sum = cli_log_sum(logits, n_vocab), logprob = next;
+            if (i) sum += logprob;
+            cli_print_position(i, ids->id[i], logprob, logits, n_vocab, (int)c->top, log_sum, used);
+            if (i + 1 < ids->n) next = logits[ids->id[i + 1]] - log_sum;
+        }
+    }
+    free(block), free(used);
+    if (!ok) return cli_fail("the model's output is not finite, or memory ran out");
+    buf b = {0};
+    buf_puts(&b, "{\"perplexity\":");
+    json_put_num(&b, ids->n > 1 ? num_exp(-sum / (ids->n - 1)) : (double)NAN, 6);
+    buf_printf(&b, ",\"logits_hash\":\"%016llx\"}\n", (unsigned long long)hash);
+    cli_print(&b);
+    buf_free(&b);
+    return 0;
+}
+
+static int cli_score(cli_settings *c) {
+    gguf_file *g;
+    tok *t = cli_open_tokenizer(c, &g);
+    tok_ids ids = {0};
+    buf text = {0};
+    cli_run r;
+    int ok, code = 1;
+    if (!t) return 1;
+    if (c->ids) ok = cli_parse_ids(c->ids, t->n, &ids) && ids.n > 0;
+    else ok = cli_read_stdin(&text) && tok_encode(t, buf_str(&text), TOK_BOS | (c->special ? TOK_SPECIAL : 0), &ids) && ids.n > 0;
+    tok_free(t), gguf_close(g);
+    if (!ok) cli_fail(c->ids ? "--ids: not a list of token ids of this vocabulary" : "standard input is empty or not UTF-8");
+    else if (cli_run_open(&r, c, ids.n, 1, 0)) {
+        int most = c->context ? (int)c->context : r.m->n_ctx_train;
+        if (ids.n <= most) code = cli_score_ids(c, &r, &ids);
+        else cli_fail("the text is longer than the context");
+        cli_run_close(&r);
+    }
+    free(ids.id), buf_free(&text);
+    return code;
+}
+
+static int cli_by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+static double cli_median(double *v, int n) {
+    qsort(v, (size_t)n, sizeof *v, cli_by_value);
+    return n ? (v[(n - 1) / 2] + v[n / 2]) / 2 : 0;
+}
+
+enum { BENCH_READ = 1 << 20, BENCH_PEAK_ROUNDS = 200000 };
+
+static void cli_bench_read_item(void *ctx, int64_t item, int thread) {
+    const cli_run *r = ctx;
+    const unsigned char *from = r->m->file->map + r->m->file->data_start + (uint64_t)item * BENCH_READ;
+    (void)thread;
+    if (r->run.k->read(from, BENCH_READ) == 1) pool_pause(); /* the sum must be seen to be used */
+}
+
+typedef struct {
+    const mat_kernels *k;
+    double ops[MAX_THREADS];
+} cli_peak;
+
+static void cli_bench_peak_item(void *ctx, int64_t item, int thread) {
+    cli_peak *p = ctx;
+    (void)thread;
+    p->ops[item] = p->k->peak(BENCH_PEAK_ROUNDS);
+}
+
+static double cli_bench_read(cli_run *r) { /* GB/s of plain reads over the weights, by all threads */
+    int64_t n = (int64_t)((r->m->file->size - r->m->file->data_start) / BENCH_READ);
+    double from = sys_now();
+    if (n == 0) return 0;
+    pool_run(&r->threads, cli_bench_read_item, r, n);
+    return (double)n * BENCH_READ / (sys_now() - from) / 1e9;
+}
+
+static double cli_bench_peak(cli_run *r) { /* T op/s of the level's int8 products, all threads together */
+    cli_peak p = {r->run.k, {0}};
+    double sum = 0, from = sys_now();
+    pool_run(&r->threads, cli_bench_peak_item, &p, r->threads.n_threads);
+    double took = sys_now() - from;
+    for (int i = 0; i < r->threads.n_threads; i++) sum += p.ops[i];
+    return sum / took / 1e12;
+}
+
+typedef struct {
+    double prefill[1000], decode[1000], read[1000], peak[1000]; /* by round */
+    int n;
+} cli_rounds;
+
+/* Seconds for the prompt; only the last token's logits are computed, as in a job. */
+static double cli_bench_prefill(cli_run *r, const int32_t *id, int n, const uint32_t *block) {
+    double begun = sys_now();
+    for (int from = 0; from < n; from += r->chunk) {
+        int part = n - from < r->chunk ? n - from : r->chunk;
+        int last = from + part == n;
+        cli_forward(r, id + from, from, part - last, block, 0);
+        if (last) cli_forward(r, id + n - 1, n - 1, 1, block, 1);
+    }
+    return sys_now() - begun;
+}
+
+/* Seconds for n steps of a batch of sequences, from an empty context on: so that weights dominate. */
+static double cli_bench_decode(cli_run *r, int batch, int n, uint32_t *const *blocks) {
+    int32_t id[MAX_PARALLEL], pos[MAX_PARALLEL];
+    const uint32_t *table[MAX_PARALLEL];
+    unsigned char want[MAX_PARALLEL];
+    double begun = sys_now();
+    for (int step = 0; step < n; step++) {
+        for (int i = 0; i < batch; i++) id[i] = (step * 31 + i * 7 + 5) % r->m->n_vocab, pos[i] = step, table[i] = blocks[i], want[i] = 1;
+        model_batch b = {batch, id, pos, table, want, NULL, NULL};
+        model_forward(&r->run, &b);
+    }
+    return sys_now() - begun;
+}
+
+static double cli_weights_per_token(const model *m) { /* multiplied in the layers, the output head aside */
+    double n = 0;
+    for (int l = 0; l < m->n_layer; l++) {
+        const model_matrix *x[] = {&m->layer[l].q, &m->layer[l].k, &m->layer[l].v, &m->layer[l].o, &m->layer[l].gate, &m->layer[l].up, &m->layer[l].down};
+        for (size_t i = 0; i < sizeof x / sizeof *x; i++) n += (double)x[i]->n * (double)x[i]->rows;
+    }
+    return n;
+}
+
+static void cli_bench_report(const cli_settings *c, const cli_run *r, cli_rounds *t) {
+    const model *m = r->m;
+    double p = (double)c->bench_prompt, prefill = cli_median(t->prefill, t->n), decode = cli_median(t->decode, t->n);
+    double read = cli_median(t->read, t->n), peak = cli_median(t->peak, t->n), steps = decode / (double)c->bench_batch;
+    double ops = 2 * (cli_weights_per_token(m) + (p > 0 ? (double)m->output.n * (double)m->output.rows / p : 0));
+    buf b = {0};
+    buf_putc(&b, '{');
+    json_kv_cstr(&b, "model", m->name), json_kv_cstr(&b, "quant_kind", m->quant), json_kv_cstr(&b, "simd", r->run.k->name), json_kv_int(&b, "threads", r->threads.n_threads);
+    json_kv_int(&b, "prompt_tokens", c->bench_prompt), json_kv_int(&b, "decode_tokens", c->n), json_kv_int(&b, "batch", c->bench_batch), json_kv_int(&b, "chunk", r->chunk);
+    json_kv_num(&b, "prefill_tok_s", prefill, 2), json_kv_num(&b, "decode_tok_s", decode, 2);
+    json_kv_u64(&b, "weight_bytes_per_token", m->token_bytes);
+    json_kv_num(&b, "read_gb_s", read, 2), json_kv_num(&b, "int8_tops", peak, 3);
+    json_kv_num(&b, "decode_bandwidth_share", read > 0 ? steps * (double)m->token_bytes / (read * 1e9) : (double)NAN, 3);
+    json_kv_num(&b, "prefill_peak_share", peak > 0 ? prefill * ops / (peak * 1e12) : (double)NAN, 3);
+    json_kv_u64(&b, "scratch_bytes", r->run.bytes);
+    buf_putc(&b, '}');
+    if (c->json) cli_print(&b), putchar('\n');
+    else cli_print_readable(buf_str(&b));
+    buf_free(&b);
+}
+
+static int cli_bench(cli_settings *c) {
+    static cli_rounds t;
+    cli_run r;
+    uint32_t *block[MAX_PARALLEL] = {0}, *prompt_block;
+    int batch = (int)c->bench_batch, n = (int)c->n, p = (int)c->bench_prompt, ok = 1;
+    int need = kv_blocks_for(p) + batch * kv_blocks_for(n);
+    if (!cli_run_open(&r, c, (need ? need : 1) * KV_BLOCK, batch, batch)) return 1;
+    uint32_t *table = sys_zalloc((size_t)need, sizeof *table);
+    int32_t *id = sys_zalloc((size_t)p, sizeof *id);
+    kv_seq all = {table, 0};
+    ok = table && id && kv_reserve(&r.kv, &all, (int64_t)need * KV_BLOCK);
+    prompt_block = table;
+    for (int i = 0; ok && i < batch; i++) block[i] = table + kv_blocks_for(p) + i * kv_blocks_for(n);
+    for (int i = 0; ok && i < p; i++) id[i] = (i * 37 + 11) % r.m->n_vocab;
+    if (ok) cli_bench_read(&r), cli_bench_decode(&r, batch, n < 2 ? n : 2, block); /* page tables and caches */
+    for (t.n = 0; ok && t.n < (int)c->bench_rounds; t.n++) {
+        t.peak[t.n] = cli_bench_peak(&r);
+        t.prefill[t.n] = p ? p / cli_bench_prefill(&r, id, p, prompt_block) : 0;
+        t.read[t.n] = cli_bench_read(&r);
+        t.decode[t.n] = n ? (double)n * batch / cli_bench_decode(&r, batch, n, block) : 0;
+    }
+    if (ok) cli_bench_report(c, &r, &t);
+    free(table), free(id);
+    cli_run_close(&r);
+    return ok ? 0 : cli_fail("out of memory");
+}
+
+static int cli_selftest(cli_settings *c) {
+    char err[256];
+    int failed = 0;
+    for (int level = 0; level < MAT_LEVELS; level++) {
+        int runs = mat_level_runs(level), checked = 0, bad = 0;
+        for (int type = 0; type < QUANT_TYPES && runs; type++) {
+            if (quant_formats[type].kind == QUANT_NONE) continue;
+            checked++;
+            if (!mat_selftest(level, &quant_formats[type], err, sizeof err)) bad++, fprintf(stderr, "%s\n", err);
+        }
+        if (runs && !mat_selftest_vectors(level, err, sizeof err)) bad++, fprintf(stderr, "%s\n", err);
+        if (c->json) printf("{\"simd\":\"%s\",\"runs\":%s,\"formats\":%d,\"failed\":%d}\n", mat_levels[level]->name, runs ? "true" : "false", checked, bad);
+        else if (!runs) printf("%-12s this CPU cannot run it\n", mat_levels[level]->name);
+        else printf("%-12s %d formats and the vector kernels: %s\n", mat_levels[level]->name, checked, bad ? "DIFFERENT from the plain loop" : "equal to the plain loop, bit for bit");
+        failed += bad;
+    }
+    return failed != 0;
+}
+
+int main(int argc, char **argv) {
+    static const struct { const char *name; enum cli_command command; int (*run)(cli_settings *c); int needs_file; } commands[] = {
+        {"generate", CLI_GENERATE, cli_generate, 1}, {"inspect", CLI_INSPECT, cli_inspect, 1}, {"tokenize", CLI_TOKENIZE, cli_tokenize, 1},
+        {"detokenize", CLI_DETOKENIZE, cli_detokenize, 1}, {"score", CLI_SCORE, cli_score, 1}, {"bench", CLI_BENCH, cli_bench, 1},
+        {"selftest", CLI_SELFTEST, cli_selftest, 0}};
+    static cli_settings c;
+    int (*run)(cli_settings *) = cli_serve;
+    int first = 1, needs_file = 0;
+    c.program = argc ? argv[0] : "lorch", c.command = CLI_SERVE;
+    for (int i = 1; i < argc; i++)
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) return cli_help(), 0;
+    if (argc > 1 && strcmp(argv[1], "--version") == 0) return puts("lorch " LORCH_VERSION), 0;
+    if (argc > 1 && argv[1][0] != '-') {
+        for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+            if (strcmp(argv[1], commands[i].name) == 0) c.command = commands[i].command, run = commands[i].run, needs_file = commands[i].needs_file, first = 2;
+        if (first == 1) cli_usage_error("unknown command '%.60s' (see %s --help)", argv[1], c.program);
+    }
+    cli_from_environment(&c);
+    cli_from_arguments(&c, argc, argv, first);
+    if (needs_file && !c.file) cli_usage_error("%s: which model file?", argv[1]);
+    cli_merge(&c);
+    int code = run(&c);
+    if (c.command != CLI_SERVE)
+        for (int i = 0; i < N_CLI_OPTIONS; i++) free(cli_values[i].value);
+    if (fflush(stdout) && code == 0) code = 1;
+    return code;
+}
+#endif /* LORCH_NO_MAIN */
+#endif /* LORCH_LEVEL */
