@@ -1661,7 +1661,7 @@ static void gguf_parse_alignment(gguf_file *g) {
 /* Tensors lie one after the other, each padded to the alignment, as every writer makes them: so none
  * overlaps, none is missing, and the sum cannot wrap because each size is below the file's. */
 static void gguf_place_tensors(gguf_file *g) {
-    char shown[96];
+    char shown[96], before[96];
     uint64_t pad = -g->pos & (g->alignment - 1), expect = 0;
     if (g->n_tensors == 0) return;
     if (pad > g->size - g->pos) gguf_fail(g, "the file ends before its tensor data: is it cut short?");
@@ -1670,8 +1670,11 @@ static void gguf_place_tensors(gguf_file *g) {
         gguf_tensor *t = &g->tensor[i];
         uint64_t room = g->size - g->data_start;
         gguf_show(t->name, shown);
-        if (t->offset != expect)
-            gguf_fail(g, "tensor \"%s\" has offset %llu, but %llu is where it must begin", shown, (unsigned long long)t->offset, (unsigned long long)expect);
+        if (t->offset != expect && i > 0 && quant_find(t[-1].type)->kind == QUANT_NONE)
+            gguf_fail(g, "tensor %s is %s, which is not supported; supported: %s", gguf_show(t[-1].name, shown), quant_find(t[-1].type)->name, quant_supported());
+        else if (t->offset != expect)
+            gguf_fail(g, "tensor \"%s\" has offset %llu, but %s \"%s\" ends at %llu", shown, (unsigned long long)t->offset, i ? "the one before," : "the data",
+                      i ? gguf_show(t[-1].name, before) : "", (unsigned long long)expect);
         else if (t->offset > room || t->bytes > room - t->offset)
             gguf_fail(g, "tensor \"%s\" (%llu bytes at offset %llu) goes beyond the end of the file: is it cut short?", shown,
                       (unsigned long long)t->bytes, (unsigned long long)(g->data_start + t->offset));
@@ -1745,7 +1748,7 @@ static gguf_file *gguf_open(const char *path, char *err, size_t err_cap) {
     void *map = MAP_FAILED;
     if (!g->path) sys_fail(err, err_cap, "%s: out of memory", path);
     else if (!S_ISREG(st.st_mode)) sys_fail(err, err_cap, "%s: not a regular file", path);
-    else if (g->size < 24) sys_fail(err, err_cap, "%s: not a GGUF file: only %llu bytes long", path, (unsigned long long)g->size);
+    else if (g->size == 0) sys_fail(err, err_cap, "%s: not a GGUF file: it is empty", path);
     else if (g->size > SIZE_MAX / 2) sys_fail(err, err_cap, "%s: too large for this machine's address space", path);
     else if ((map = mmap(NULL, (size_t)g->size, PROT_READ, MAP_SHARED, fd, 0)) == MAP_FAILED)
         sys_fail(err, err_cap, "%s: cannot map the model: %s", path, strerror(errno));
@@ -3816,19 +3819,20 @@ static void tok_piece(const tok *t, int32_t id, int special, buf *out) {
     }
 }
 
-/* The text of a list of ids, without the space that encoding may have put first. */
+/* The text of a list of ids, without the spaces that encoding puts before text at the beginning and after each
+ * token that stood in the text as such. */
 static void tok_decode(const tok *t, const int32_t *id, int n, int special, buf *out) {
     int first = 1;
     for (int i = 0; i < n; i++) {
         size_t from = out->len;
         tok_piece(t, id[i], special, out);
-        int control = id[i] >= 0 && id[i] < t->n && t->entry[id[i]].type == TOK_CONTROL;
-        if (first && !control && t->kind == TOK_SPM && t->add_space_prefix && out->len > from && out->ptr[from] == ' ' &&
-            t->entry[id[i]].type != TOK_BYTE) {
+        int type = id[i] >= 0 && id[i] < t->n ? t->entry[id[i]].type : TOK_NORMAL, mark = type == TOK_CONTROL || type == TOK_USER;
+        if (first && !mark && t->kind == TOK_SPM && t->add_space_prefix && out->len > from && out->ptr[from] == ' ' &&
+            type != TOK_BYTE) {
             memmove(out->ptr + from, out->ptr + from + 1, out->len - from - 1);
             out->len--;
         }
-        first = control;
+        first = mark;
     }
 }
 
@@ -4919,7 +4923,7 @@ typedef struct {
     buf piece;                /* the engine thread's: bytes of one token */
     engine_job *batch_job[MAX_PARALLEL]; /* of the batch that runs */
     int n_batch;
-    int calibrating;
+    int calibrating, never_calibrate; /* the engine thread's */
     const char *threads_because; /* what decided their number */
     int64_t progress_ms;      /* atomic: when the engine last made progress, on the monotonic clock */
 } engine;
@@ -5511,7 +5515,10 @@ static void engine_calibrate(engine *e) {
     kv_seq seq = {block, 0};
     int n = e->n_ctx - STEPS < PROMPT ? e->n_ctx - STEPS : PROMPT;
     if (n > e->options.chunk) n = e->options.chunk;
-    if (n < 1 || !kv_reserve(&e->kv, &seq, n + STEPS)) return;
+    if (n < 1 || !kv_reserve(&e->kv, &seq, n + STEPS)) {
+        e->never_calibrate = 1; /* too small a context */
+        return;
+    }
     for (int i = 0; i < n; i++) id[i] = (i * 37 + 11) % e->m->n_vocab, pos[i] = i, blocks[i] = block;
     model_batch b = {n, id, pos, blocks, want, engine_between_layers, e};
     double from = sys_now();
@@ -5540,13 +5547,13 @@ static int engine_await(engine *e) {
             return busy;
         }
         pthread_cond_broadcast(&e->idle);
-        if (!measured && !e->calibrating && !e->stop) {
+        if (!measured && !e->never_calibrate && !e->stop) {
             e->calibrating = 1;
             pthread_mutex_unlock(&e->lock);
             engine_calibrate(e);
             pthread_mutex_lock(&e->lock);
             e->calibrating = 0;
-            if (e->queue_first || e->stats.prefill_rate > 0) continue;
+            continue; /* a job or the end may have come meanwhile */
         }
         pthread_cond_wait(&e->work, &e->lock);
     }
@@ -6024,7 +6031,8 @@ static const engine_error *http_parse_framing(http_request *r) {
     for (size_t i = 0; i < length->value.len; i++) {
         char c = length->value.ptr[i];
         if (c < '0' || c > '9') return &ERR_INVALID;
-        if (r->content_length <= MAX_BODY_BYTES) r->content_length = r->content_length * 10 + (uint64_t)(c - '0');
+        if (r->content_length > (UINT64_MAX - (uint64_t)(c - '0')) / 10) return &ERR_INVALID;
+        r->content_length = r->content_length * 10 + (uint64_t)(c - '0');
     }
     if (r->content_length > MAX_BODY_BYTES) return &ERR_TOO_LARGE;
     r->body_kind = r->content_length ? BODY_LENGTH : BODY_NONE;
@@ -6065,6 +6073,7 @@ static int http_read_head(http_conn *c, const engine_error **error) {
         if (c->in.ptr[1] == '\n') buf_drop(&c->in, 2), c->skipped_line = 1;
     }
     int found = http_scan(c->in.ptr, c->in.len, &c->scanned, &end, error);
+    if (found < 0) memset(&c->req, 0, sizeof c->req);
     if (found <= 0) return found;
     c->head.len = 0;
     buf_add(&c->head, c->in.ptr, end);
@@ -6213,6 +6222,7 @@ static void http_conn_free(http_conn *c) {
 
 /* Reads what has come, up to HTTP_MAX_IN unused bytes. A connection that fails is DEAD afterwards. */
 static void http_receive(http_conn *c, double now) {
+    if (c->in.len == 0 && c->state == HTTP_HEAD) c->t_input = now; /* a request begins */
     while (c->in.len < HTTP_MAX_IN && !c->eof) {
         if (!buf_reserve(&c->in, 16384)) break;
         size_t room = c->in.cap - c->in.len;
@@ -6222,7 +6232,6 @@ static void http_receive(http_conn *c, double now) {
         if (n < 0) c->state = HTTP_DEAD;
         if (n <= 0) c->eof = 1;
         else if (c->state == HTTP_LINGER) continue; /* drained and forgotten */
-        else if (c->in.len == 0 && c->state == HTTP_HEAD) c->t_input = now; /* a request begins */
         if (n > 0) c->in.len += (size_t)n;
         if (n < (ssize_t)room) return;
     }
@@ -7028,8 +7037,7 @@ static int route_step(route_server *s, http_conn *c, double now) {
     int got;
     if (c->state == HTTP_HEAD) {
         if ((got = http_read_head(c, &error)) == 0) return 0;
-        if (got < 0) sys_uuid(c->correlation);
-        else route_set_correlation(c);
+        route_set_correlation(c);
         if (got < 0) return route_reject(c, error, route_framing_message(error)), 1;
         if (s->status == ROUTE_DRAINING) c->req.keep_alive = 0;
         if (!route_check(s, c)) return c->in.len = c->close_after ? 0 : c->in.len, 1;
