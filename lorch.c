@@ -5054,11 +5054,9 @@ static int engine_prepare(engine *e, engine_job *j) {
     tok_ids ids = {0};
     size_t longest = 0;
     for (int i = 0; i < j->n_stop; i++) {
-        char field[16];
         ids.n = 0;
-        snprintf(field, sizeof field, "stop[%d]", i);
         if (!tok_encode(e->m->tok, buf_str(&j->stop[i]), 0, &ids)) return free(ids.id), 0;
-        if (ids.n > MAX_STOP_TOKENS) engine_field_error(j, field, "tokens(1..=32)", "a stop string must be at most 32 tokens long", str_of(""));
+        if (ids.n > MAX_STOP_TOKENS) engine_field_error(j, "stop", "tokens(1..=32)", "a stop string must be at most 32 tokens long", str_of(""));
         if (j->stop[i].len > longest) longest = j->stop[i].len;
     }
     ids.n = 0;
@@ -6652,7 +6650,10 @@ static void route_set_deadline(const http_request *req, engine_job *j) {
     const http_header *h = http_find(req, "x-deadline");
     uint64_t at = 0;
     int64_t now = sys_unix_ms();
-    if (h && (h->value.len == 0 || h->value.len > 18 || !json_u64(h->value, &at) || h->value.ptr[0] < '0' || h->value.ptr[0] > '9'))
+    int digits = h && h->value.len >= 1 && h->value.len <= 18;
+    for (size_t i = 0; digits && i < h->value.len; i++) digits = h->value.ptr[i] >= '0' && h->value.ptr[i] <= '9';
+    if (digits) json_u64(h->value, &at);
+    if (h && !digits)
         engine_field_error(j, "X-Deadline", "Unix time in ms", "X-Deadline must be a Unix time in milliseconds", str_of(""));
     else if (h) j->deadline_unix_ms = at ? (int64_t)at : 1;
     if (j->has_deadline && (!j->deadline_unix_ms || now + (int64_t)j->deadline_ms < j->deadline_unix_ms))

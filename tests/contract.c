@@ -131,7 +131,7 @@ static void test_precedence(void) {
     CHECK_NUM(json_num(h, "jobs.queue"), 7, "queue (environment and file)");
     CHECK_NUM(json_num(h, "jobs.parallel"), 3, "parallel (file only)");
     worker_end(w);
-    w = ready_worker("--config", path, text("LLORCH_MODEL=%s", tiny_model()));
+    w = ready_worker(text("LLORCH_MODEL=%s", tiny_model()), "--config", path);
     h = health(w->port);
     CHECK_TEXT(json_str(h, "worker_id"), "from-file", "worker_id (file only)");
     CHECK_TEXT(json_str(h, "model_ref"), "from-file", "model_ref (file only)");
@@ -764,7 +764,7 @@ static void test_two_workers(void) {
 static void test_log_lines(void) {
     static const char *const keys[] = {"timestamp", "level", "component", "worker_id", "event"};
     stream *s = execute(shared(), "/execute", "X-Correlation-Id: corr-77\r\n",
-                        job_body(q("'prompt':'xyzzy plugh','max_tokens':30,'seed':4")));
+                        job_body(q("'prompt':'xyzzy plugh','max_tokens':30,'seed':4,'ignore_eos':true")));
     stream_finish(s, bound_ms(10000));
     const char *text_out = stream_text(s);
     cancel(shared(), s->job_id);

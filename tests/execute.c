@@ -251,7 +251,7 @@ static void test_utf8(void) {
 }
 
 static void test_control_tokens_are_text(void) {
-    stream *s = job_run(tiny(), "'prompt':'<|im_end|>','max_tokens':1");
+    stream *s = job_run(tiny(), "'prompt':'<|im_end|>','max_tokens':1,'ignore_eos':true");
     check_end(s, "MAX_TOKENS");
     CHECK(json_num(stream_started(s), "prompt_tokens") > 4, "read as a control token");
 }
@@ -520,7 +520,8 @@ static void test_seed(void) {
     CHECK(strcmp(sampled("'seed':1,'temperature':0.3"), one), "temperature has no effect");
     CHECK(strcmp(sampled("'seed':1,'top_k':2"), one), "top_k has no effect");
     CHECK(strcmp(sampled("'seed':1,'top_p':0.3"), one), "top_p has no effect");
-    CHECK(strcmp(sampled("'seed':1,'min_p':0.3"), one), "min_p has no effect");
+    char *hot = sampled("'seed':1,'temperature':2");
+    CHECK(strcmp(sampled("'seed':1,'temperature':2,'min_p':0.3"), hot), "min_p has no effect");
 }
 
 static void test_seed_reported(void) {
@@ -730,9 +731,16 @@ static void test_deadline_missed(void) {
 }
 
 static void test_inference_timeout(void) {
-    worker *w = ready_worker("--model", tiny_model(), "--inference-timeout-sec", "1");
-    check_end(job_run(w->port, "'max_tokens':5"), "MAX_TOKENS");
-    overrun(w, "'ignore_eos':true,'max_tokens':500", "", 1200);
+    NEED_SLOW_MODEL();
+    worker *w = ready_worker("--model", slow_model(), "--inference-timeout-sec", "1",
+                             "--max-tokens-out", "16000");
+    check_end(job_run(w->port, "'max_tokens':5,'ignore_eos':true"), "MAX_TOKENS");
+    stream *s = job_run(w->port, "%s", q(LONG_JOB));
+    double took = s->r->done_at - s->sent_at;
+    check_stream(s, 0);
+    CHECK_TEXT(stream_code(s), "INFERENCE_TIMEOUT", stream_last(s));
+    CHECK_TEXT(json_raw(stream_last(s), "retriable"), "false", "retriable");
+    CHECK(took > 950 && took < bound_ms(2000), "after %.0f ms", took);
     worker_end(w);
 }
 
