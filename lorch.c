@@ -1355,7 +1355,9 @@ static void quant_dequantise(const quant_format *f, const void *row, float *out,
 }
 
 /* Quantises n (32 or 256) activations: q = x * (127 / largest) to the nearest integer, ties to even, and
- * d = largest / 127. A block that holds no normal number is zero; one with an infinity or a NaN gets
+ * d = largest / 127, for 32 of them rounded to 11 bits: llama.cpp keeps that scale as a half float, and doing the
+ * same makes most logits equal to its own in four digits (without it they differ as much as either differs
+ * from the truth). A block that holds no normal number is zero; one with an infinity or a NaN gets
  * d = NaN, so that the step's logits are not finite and the job says so. */
 LORCH_INLINE void quant_activations(const float *x, int n, int8_t *q, float *d) {
     uint32_t most = 0;
@@ -1366,6 +1368,7 @@ LORCH_INLINE void quant_activations(const float *x, int n, int8_t *q, float *d) 
     int usable = most >= 0x01800000u && most < 0x7f800000u; /* from 2^-124, so that 127 / largest is finite */
     float largest = num_float(most), by = usable ? 127.0f / largest : 0;
     *d = usable ? largest / 127.0f : most < 0x7f800000u ? 0 : NAN;
+    if (usable && n == 32) *d = num_float((num_bits(*d) + 0xfff + (num_bits(*d) >> 13 & 1)) & ~0x1fffu);
     for (int i = 0; i < n; i++) {
         float y = usable ? x[i] * by : 0;
         q[i] = (int8_t)((int32_t)num_bits(y + 12582912.0f) - 0x4b400000); /* + 1.5 * 2^23 rounds to an integer */
