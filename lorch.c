@@ -4875,7 +4875,7 @@ struct engine_job {
     int n_tail;
     engine_pending *pending;   /* [max_tokens] */
     int n_pending, stop_matched;
-    double t_submit, t_run, t_decode, t_last_token, t_metrics, t_cancel, t_done;
+    double t_submit, t_run, t_decode, t_last_token, t_metrics, t_cancel, t_done, t_progress;
 };
 
 enum { HIST_BUCKETS = 12 };
@@ -5711,7 +5711,7 @@ typedef struct { /* one call of lorch_generate */
     pthread_mutex_t lock;
     pthread_cond_t wake;
     embed_item *first, *last;
-    int done;
+    int done, prefilled;  /* prefilled: prompt tokens computed so far */
     lorch_reason reason;
     char *error;
 } embed_call;
@@ -5729,8 +5729,9 @@ static void embed_sink(engine_job *job, const engine_event *ev) {
             if (c->last) c->last->next = it;
             else c->first = it;
             c->last = it;
-        } else __atomic_store_n(&job->cancel, 1, __ATOMIC_RELEASE);
-    } else if (ev->type == EVENT_END || ev->type == EVENT_ERROR || ev->type == EVENT_REFUSED) {
+        } else __atomic_store_n(&job->cancel, CANCEL_ASKED, __ATOMIC_RELEASE);
+    } else if (ev->type == EVENT_PREFILL) c->prefilled = ev->index;
+    else if (ev->type == EVENT_END || ev->type == EVENT_ERROR || ev->type == EVENT_REFUSED) {
         c->done = 1;
         c->reason = ev->type == EVENT_END ? ev->reason : ev->error == &ERR_CANCELLED ? LORCH_CANCELLED : LORCH_FAILED;
         if (c->reason == LORCH_FAILED) {
@@ -5814,11 +5815,18 @@ static engine_job *embed_job(const char *key, const char *prompt, size_t len, co
     return sys_fail(c->error, LORCH_ERROR_BYTES, "the prompt is not UTF-8, the key is too long, or a stop string is empty"), NULL;
 }
 
-static void embed_deliver(lorch *l, engine_job *j, embed_call *c, lorch_token_fn fn, void *user) {
-    int stopped = 0;
+static void embed_deliver(lorch *l, engine_job *j, embed_call *c, const lorch_params *p, lorch_token_fn fn, void *user) {
+    int stopped = 0, told = 0;
     pthread_mutex_lock(&c->lock);
     while (c->first || !c->done) {
         embed_item *it = c->first;
+        if (p->progress && told < c->prefilled) {
+            told = c->prefilled;
+            pthread_mutex_unlock(&c->lock);
+            p->progress(told, j->n_prompt, user);
+            pthread_mutex_lock(&c->lock);
+            continue;
+        }
         if (!it) {
             pthread_cond_wait(&c->wake, &c->lock);
             continue;
@@ -5839,13 +5847,13 @@ static void embed_deliver(lorch *l, engine_job *j, embed_call *c, lorch_token_fn
 
 lorch_reason lorch_generate(lorch *l, const char *key, const char *prompt, size_t len, const lorch_params *params, lorch_token_fn fn,
                             void *user, lorch_stats *stats, char error[LORCH_ERROR_BYTES]) {
-    embed_call c = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, NULL, NULL, 0, LORCH_FAILED, error};
+    embed_call c = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, NULL, NULL, 0, 0, LORCH_FAILED, error};
     error[0] = 0;
     engine_job *j = embed_job(key, prompt, len, params, &c);
     if (!j) return LORCH_FAILED;
     const engine_error *why = engine_submit(l->e, j);
     if (why) sys_fail(error, LORCH_ERROR_BYTES, "%s", why->code);
-    else embed_deliver(l, j, &c, fn, user);
+    else embed_deliver(l, j, &c, params, fn, user);
     if (stats) {
         memset(stats, 0, sizeof *stats);
         stats->prompt_tokens = j->n_prompt, stats->tokens_out = j->n_out, stats->stop_matched = j->stop_matched;
@@ -6378,7 +6386,7 @@ static void route_log_job(const engine_job *j, const engine_event *ev) {
     const char *event = "execute_end";
     if (ev->type == EVENT_STARTED) event = "execute_start", json_kv_int(&b, "prompt_tokens", j->n_prompt), json_kv_int(&b, "max_tokens", j->max_tokens);
     else if (ev->type == EVENT_PREFILL)
-        level = LOG_DEBUG, event = "execute_progress", json_kv_int(&b, "prompt_tokens_done", ev->index), json_kv_int(&b, "prompt_tokens", j->n_prompt);
+        event = "execute_progress", json_kv_int(&b, "prompt_tokens_done", ev->index), json_kv_int(&b, "prompt_tokens", j->n_prompt);
     else if (ev->type == EVENT_END) route_format_end(j, ev->reason, &b);
     else {
         level = ev->error == &ERR_INTERNAL ? LOG_ERROR : LOG_WARN;
@@ -6400,8 +6408,12 @@ static void route_sink(engine_job *j, const engine_event *ev) {
     route_server *s = st->server;
     buf b = {0};
     int wake = 0, last = ev->type == EVENT_END || ev->type == EVENT_ERROR || ev->type == EVENT_REFUSED;
+    if (ev->type == EVENT_PREFILL) { /* a long prompt tells how far it is, once a second */
+        double now = sys_now();
+        if (now - (j->t_progress > 0 ? j->t_progress : j->t_run) >= 1) j->t_progress = now, route_log_job(j, ev);
+        return;
+    }
     if (ev->type != EVENT_TOKEN && ev->type != EVENT_METRICS) route_log_job(j, ev);
-    if (ev->type == EVENT_PREFILL) return;
     if (ev->type == EVENT_STARTED) route_format_started(j, s->e, &b);
     else if (ev->type == EVENT_TOKEN) json_kv_str(&b, "t", ev->text), json_kv_int(&b, "i", ev->index);
     else if (ev->type == EVENT_METRICS) route_format_metrics(j, __atomic_load_n(&s->resident, __ATOMIC_RELAXED), &b);
@@ -8026,8 +8038,16 @@ typedef struct {
     int json, bar;  /* bar: a progress bar stands on stderr */
 } cli_output;
 
+static void cli_on_progress(int done, int total, void *user) {
+    cli_output *out = user;
+    if (!isatty(STDERR_FILENO)) return;
+    out->bar = 1;
+    cli_bar("reading the prompt", (double)done / total);
+}
+
 static int cli_on_token(const lorch_token *t, void *user) {
     cli_output *out = user;
+    if (out->bar) fputs("\r\033[K", stderr), out->bar = 0;
     tok_ids_add(&out->ids, t->id);
     if (out->json) buf_add(&out->text, t->text, t->len);
     else if (fwrite(t->text, 1, t->len, stdout) != t->len || fflush(stdout)) return 1; /* nobody reads any more */
@@ -8065,6 +8085,7 @@ static int cli_generate(cli_settings *c) {
     lorch_params_defaults(&p);
     p.max_tokens = (int)c->n, p.temperature = (float)c->temperature, p.top_p = (float)c->top_p, p.min_p = (float)c->min_p, p.top_k = (int)c->top_k;
     p.repetition_penalty = (float)c->repetition_penalty, p.special = c->special, p.ignore_eos = c->ignore_eos, p.stop = c->stop, p.n_stop = c->n_stop;
+    p.progress = cli_on_progress;
     p.seed = c->has_seed ? c->seed : sys_random() >> 11;
     if (c->prompt) buf_puts(&prompt, c->prompt);
     else cli_read_stdin(&prompt);

@@ -41,6 +41,9 @@ typedef struct {
     const char *pre;      /* pre-tokenizer to use instead of the one that the file names; NULL: the file's */
 } lorch_options;
 
+/* Called while a long prompt is computed: done of its total tokens. On the thread that called lorch_generate. */
+typedef void (*lorch_progress_fn)(int done, int total, void *user);
+
 typedef struct {
     int max_tokens;           /* most tokens to generate, 1..n_ctx; cut to what the context leaves */
     float temperature;        /* 0 (greedy) .. 2 */
@@ -53,6 +56,7 @@ typedef struct {
     int ignore_eos;           /* never choose an end-of-generation token */
     const char *const *stop;  /* n_stop strings that end the generation; their text is not given out */
     int n_stop;               /* 0..4 */
+    lorch_progress_fn progress; /* may be NULL; gets the `user` of lorch_generate */
 } lorch_params;
 
 typedef enum { /* why a generation ended */
