@@ -4026,24 +4026,49 @@ static tok *tok_load(const gguf_file *g, const char *pre, char *err, size_t cap)
 /* ==== KV cache =============================================================================
  * Keys and values of past tokens, in blocks of KV_BLOCK positions from one pool that is sized at start. A
  * block holds all layers; within a layer each KV head has K as [head_dim][KV_BLOCK], so that vector lanes
- * are positions, then V as [KV_BLOCK][head_dim], so that lanes are columns. A sequence owns the blocks in its table, in
- * the order of its positions. The pool has no lock: the engine thread alone takes and gives back. */
+ * are positions, then V as [KV_BLOCK][head_dim], so that lanes are columns. A sequence holds references to the
+ * blocks in its table, in the order of its positions.
+ *
+ * The same tokens give the same bits, so a full block may serve every sequence that begins alike. Such a
+ * block is published under its 64 tokens, the block before it and the tenant's key; kv_find compares all of
+ * these, never a hash alone, so by induction two sequences share a block only if all their tokens up to its
+ * end are equal. A block that no sequence holds stays published, least recently used first to go, until its
+ * room is needed. The pool has no lock: the engine calls it under its own. */
+
+enum { KV_NONE = -1 };
 
 typedef struct {
     int n_layer, n_head_kv, head_dim, is_f16;
     size_t head_bytes, layer_bytes, block_bytes;
 } kv_layout;
 
+typedef struct { /* what is known of a block */
+    int refs;           /* sequences that hold it */
+    int published;      /* in the table below */
+    int parent;         /* the block before it, or KV_NONE for the first of a sequence */
+    uint32_t life;      /* counts the times that the block was given new content: a stale parent does not match */
+    uint32_t parent_life;
+    uint64_t key;       /* the tenant's */
+    int32_t token[KV_BLOCK];
+    int next;           /* of the same bucket */
+    int older, newer;   /* among the unreferenced published blocks */
+} kv_block;
+
 typedef struct {
     kv_layout layout;
-    char *base;       /* [n_blocks][block_bytes] */
-    uint32_t *free;   /* stack of free block numbers */
-    int n_blocks, n_free;
+    char *base;         /* [n_blocks][block_bytes] */
+    uint32_t *free;     /* stack of blocks that hold nothing */
+    kv_block *block;    /* [n_blocks] */
+    int *bucket;        /* [n_buckets] first block of each, or KV_NONE */
+    int n_blocks, n_free, n_idle; /* n_idle: published and unreferenced */
+    int n_buckets;      /* a power of two */
+    int oldest, newest; /* ends of the list of idle blocks */
 } kv_pool;
 
 typedef struct {
-    uint32_t *block;  /* [n_blocks], from the pool */
+    uint32_t *block;    /* [n_blocks], from the pool */
     int n_blocks;
+    int n_published;    /* of these, from the first on: shared or offered for sharing */
 } kv_seq;
 
 static kv_layout kv_layout_of(int n_layer, int n_head_kv, int head_dim, int is_f16) {
@@ -4058,29 +4083,152 @@ static int kv_blocks_for(int64_t n_tokens) { return (int)((n_tokens + KV_BLOCK -
 
 static void kv_pool_close(kv_pool *p) {
     sys_pages_free(p->base, p->layout.block_bytes * (size_t)p->n_blocks);
-    free(p->free);
+    free(p->free), free(p->block), free(p->bucket);
     memset(p, 0, sizeof *p);
 }
 
 static int kv_pool_open(kv_pool *p, kv_layout layout, int n_blocks) {
+    memset(p, 0, sizeof *p);
     p->layout = layout, p->n_blocks = p->n_free = n_blocks;
+    for (p->n_buckets = 1; p->n_buckets < n_blocks; p->n_buckets *= 2) continue;
     p->base = sys_pages(layout.block_bytes * (size_t)n_blocks);
     p->free = sys_zalloc((size_t)n_blocks, sizeof *p->free);
-    if (!p->base || !p->free) return kv_pool_close(p), 0;
+    p->block = sys_zalloc((size_t)n_blocks, sizeof *p->block);
+    p->bucket = sys_zalloc((size_t)p->n_buckets, sizeof *p->bucket);
+    if (!p->base || !p->free || !p->block || !p->bucket) return kv_pool_close(p), 0;
     for (int i = 0; i < n_blocks; i++) p->free[i] = (uint32_t)(n_blocks - 1 - i);
+    for (int i = 0; i < p->n_buckets; i++) p->bucket[i] = KV_NONE;
+    p->oldest = p->newest = KV_NONE;
     return 1;
 }
 
-/* Reserves blocks for n_tokens positions; all or nothing. The table must hold kv_blocks_for(n_tokens). */
+static int kv_available(const kv_pool *p) { return p->n_free + p->n_idle; }
+
+/* ---- the list of idle blocks, and the table of published ones ---- */
+
+static void kv_idle_add(kv_pool *p, int b) { /* as the newest */
+    p->block[b].older = p->newest, p->block[b].newer = KV_NONE;
+    *(p->newest == KV_NONE ? &p->oldest : &p->block[p->newest].newer) = b;
+    p->newest = b, p->n_idle++;
+}
+
+static void kv_idle_remove(kv_pool *p, int b) {
+    kv_block *k = &p->block[b];
+    *(k->older == KV_NONE ? &p->oldest : &p->block[k->older].newer) = k->newer;
+    *(k->newer == KV_NONE ? &p->newest : &p->block[k->newer].older) = k->older;
+    p->n_idle--;
+}
+
+static int *kv_bucket_of(const kv_pool *p, int parent, uint64_t key, const int32_t *token) {
+    uint64_t h = key ^ (uint64_t)(parent + 1) * 0x9e3779b97f4a7c15u;
+    for (int i = 0; i < KV_BLOCK; i++) h = (h ^ (uint32_t)token[i]) * 0x100000001b3u, h ^= h >> 29;
+    return &p->bucket[h & (uint64_t)(p->n_buckets - 1)];
+}
+
+/* The published block with these KV_BLOCK tokens after `parent`, or KV_NONE. */
+static int kv_find(const kv_pool *p, int parent, uint64_t key, const int32_t *token) {
+    for (int b = *kv_bucket_of(p, parent, key, token); b != KV_NONE; b = p->block[b].next) {
+        const kv_block *k = &p->block[b];
+        if (k->parent == parent && k->key == key && (parent == KV_NONE || k->parent_life == p->block[parent].life) &&
+            memcmp(k->token, token, sizeof k->token) == 0)
+            return b;
+    }
+    return KV_NONE;
+}
+
+static void kv_unpublish(kv_pool *p, int b) {
+    kv_block *k = &p->block[b];
+    for (int *at = kv_bucket_of(p, k->parent, k->key, k->token); *at != KV_NONE; at = &p->block[*at].next)
+        if (*at == b) {
+            *at = k->next;
+            break;
+        }
+    k->published = 0;
+}
+
+/* ---- taking and giving back ---- */
+
+static uint32_t kv_take(kv_pool *p) { /* a block to write into; the caller has seen that there is one */
+    int b;
+    if (p->n_free) b = (int)p->free[--p->n_free];
+    else {
+        b = p->oldest;
+        kv_idle_remove(p, b);
+        kv_unpublish(p, b);
+    }
+    p->block[b].refs = 1, p->block[b].life++;
+    return (uint32_t)b;
+}
+
+static void kv_hold(kv_pool *p, int b) {
+    if (p->block[b].refs++ == 0) kv_idle_remove(p, b);
+}
+
+static void kv_drop(kv_pool *p, int b) {
+    if (--p->block[b].refs > 0) return;
+    if (p->block[b].published) kv_idle_add(p, b);
+    else p->free[p->n_free++] = (uint32_t)b;
+}
+
+/* Gives a sequence blocks for n_tokens positions beyond those it has; all or nothing. Its table must have
+ * room for kv_blocks_for(n_tokens). */
 static int kv_reserve(kv_pool *p, kv_seq *s, int64_t n_tokens) {
     int need = kv_blocks_for(n_tokens);
-    if (need > p->n_free) return 0;
-    for (s->n_blocks = 0; s->n_blocks < need; s->n_blocks++) s->block[s->n_blocks] = p->free[--p->n_free];
+    if (need - s->n_blocks > kv_available(p)) return 0;
+    while (s->n_blocks < need) s->block[s->n_blocks++] = kv_take(p);
     return 1;
 }
 
+/* The last block goes first and so becomes the oldest: the beginnings of texts are what others share. */
 static void kv_release(kv_pool *p, kv_seq *s) {
-    while (s->n_blocks) p->free[p->n_free++] = s->block[--s->n_blocks];
+    while (s->n_blocks) kv_drop(p, (int)s->block[--s->n_blocks]);
+    s->n_published = 0;
+}
+
+/* ---- sharing ---- */
+
+/* The next block of the sequence's tokens that is published already, or KV_NONE. */
+static int kv_next_shared(const kv_pool *p, const kv_seq *s, uint64_t key, const int32_t *token, int n_token) {
+    int n = s->n_published;
+    if ((n + 1) * KV_BLOCK > n_token) return KV_NONE;
+    return kv_find(p, n ? (int)s->block[n - 1] : KV_NONE, key, token + n * KV_BLOCK);
+}
+
+/* Lets an empty sequence begin with published blocks, as far as they hold its first n_token tokens. Returns
+ * the number of positions that they save. */
+static int kv_share(kv_pool *p, kv_seq *s, uint64_t key, const int32_t *token, int n_token) {
+    for (int b; (b = kv_next_shared(p, s, key, token, n_token)) != KV_NONE; s->n_published++) {
+        kv_hold(p, b);
+        s->block[s->n_blocks++] = (uint32_t)b;
+    }
+    return s->n_blocks * KV_BLOCK;
+}
+
+/* Exchanges the sequence's next block for a published one with the same tokens, if there is one: another
+ * sequence has computed it meanwhile. Returns whether there was. */
+static int kv_share_next(kv_pool *p, kv_seq *s, uint64_t key, const int32_t *token, int n_token) {
+    int b = kv_next_shared(p, s, key, token, n_token);
+    if (b == KV_NONE || s->n_published >= s->n_blocks) return 0;
+    kv_hold(p, b);
+    kv_drop(p, (int)s->block[s->n_published]);
+    s->block[s->n_published++] = (uint32_t)b;
+    return 1;
+}
+
+/* Publishes the blocks that n_computed tokens have filled. */
+static void kv_publish(kv_pool *p, kv_seq *s, uint64_t key, const int32_t *token, int n_computed) {
+    while ((s->n_published + 1) * KV_BLOCK <= n_computed) {
+        if (kv_share_next(p, s, key, token, n_computed)) continue; /* the bits are the same: keep one of the two */
+        int n = s->n_published, b = (int)s->block[n];
+        kv_block *k = &p->block[b];
+        k->parent = n ? (int)s->block[n - 1] : KV_NONE;
+        k->parent_life = n ? p->block[k->parent].life : 0;
+        k->key = key, k->published = 1;
+        memcpy(k->token, token + n * KV_BLOCK, sizeof k->token);
+        int *bucket = kv_bucket_of(p, k->parent, key, k->token);
+        k->next = *bucket, *bucket = b;
+        s->n_published++;
+    }
 }
 
 /* ==== Model ================================================================================
@@ -4847,7 +4995,7 @@ typedef void (*engine_sink)(engine_job *job, const engine_event *ev);
 
 struct engine_job {
     /* set before engine_submit */
-    buf id, prompt, stop[MAX_STOPS];
+    buf id, prompt, stop[MAX_STOPS], cache_name; /* cache_name: jobs share prefixes only with those of the same name */
     char correlation[65];
     sample_params sample;
     int max_tokens, n_stop, ignore_eos, special, resume_from;
@@ -4866,6 +5014,8 @@ struct engine_job {
     /* the engine's */
     int32_t *token;            /* [n_prompt + max_tokens] */
     int n_prompt, n_out, n_computed; /* n_computed: positions whose keys and values are in the cache */
+    int n_cached;              /* of these, those that another job had computed */
+    uint64_t cache_key;        /* of cache_name */
     kv_seq kv;
     int32_t *seen;             /* distinct tokens of prompt and output, for penalties */
     int n_seen;
@@ -4898,7 +5048,8 @@ typedef struct { /* a copy of what /health and /metrics show */
     uint64_t outcome[OUTCOMES], tokens_in, tokens_out, deadline_refused, cached_tokens;
     engine_hist duration, first_token, token, cancel, queue_wait; /* seconds; duration's bounds are in ms / 10 */
     double prefill_rate, decode_rate; /* tokens per second; 0: not measured yet */
-    double kv_used;
+    double kv_used;           /* share of the pool that jobs have reserved */
+    int kv_idle_tokens;       /* of finished prompts and outputs that are kept for new jobs */
 } engine_stats;
 
 typedef struct {
@@ -4919,6 +5070,7 @@ typedef struct {
     int turn;                 /* the slot whose prompt goes next */
     int stop, draining;
     engine_stats stats;
+    uint64_t salt;            /* of cache keys: random, so that nobody can make two names collide */
     engine_memory *memory;    /* [ENGINE_MEMORIES], a ring */
     int memory_next;
     pthread_t engine_thread, intake_thread;
@@ -4942,7 +5094,7 @@ static engine_job *engine_job_new(void) {
 }
 
 static void engine_job_free(engine_job *j) {
-    buf_free(&j->id), buf_free(&j->prompt), buf_free(&j->field_errors), buf_free(&j->window);
+    buf_free(&j->id), buf_free(&j->prompt), buf_free(&j->cache_name), buf_free(&j->field_errors), buf_free(&j->window);
     for (int i = 0; i < MAX_STOPS; i++) buf_free(&j->stop[i]);
     free(j->token), free(j->kv.block), free(j->seen), free(j->seen_bit), free(j->pending);
     free(j);
@@ -5077,6 +5229,22 @@ static int engine_prepare(engine *e, engine_job *j) {
     return j->seen && j->seen_bit && j->pending && j->kv.block && !j->window.failed;
 }
 
+static void engine_kv_stats(engine *e) { /* under lock */
+    e->stats.kv_used = 1 - (double)kv_available(&e->kv) / e->kv.n_blocks;
+    e->stats.kv_idle_tokens = e->kv.n_idle * KV_BLOCK;
+}
+
+/* How much of the prompt the cache holds now. It may be less or more when the job gets its slot. */
+static void engine_peek_cache(engine *e, engine_job *j) {
+    uint64_t h = e->salt;
+    for (size_t i = 0; i < j->cache_name.len; i++) h = (h ^ (unsigned char)j->cache_name.ptr[i]) * 0xbf58476d1ce4e5b9u, h ^= h >> 31;
+    j->cache_key = j->cache_name.len ? h : 0;
+    pthread_mutex_lock(&e->lock);
+    j->n_cached = kv_share(&e->kv, &j->kv, j->cache_key, j->token, j->n_prompt - 1);
+    kv_release(&e->kv, &j->kv);
+    pthread_mutex_unlock(&e->lock);
+}
+
 static void engine_mark_seen(engine_job *j, int32_t id) {
     if (j->seen_bit[id / 8] >> (id % 8) & 1) return;
     j->seen_bit[id / 8] |= (unsigned char)(1 << id % 8);
@@ -5099,9 +5267,10 @@ static int engine_check(engine *e, engine_job *j) { /* refuses what cannot be ru
         return engine_refuse(e, j, &ERR_INVALID, "the request has invalid fields", ""), 0;
     }
     for (int i = 0; i < j->n_prompt; i++) engine_mark_seen(j, j->token[i]);
+    engine_peek_cache(e, j);
     if (!j->deadline_unix_ms) return 1;
     pthread_mutex_lock(&e->lock);
-    double estimate = engine_estimate(e, j->n_prompt, j->max_tokens);
+    double estimate = engine_estimate(e, j->n_prompt - j->n_cached, j->max_tokens);
     int64_t left = j->deadline_unix_ms - sys_unix_ms();
     int refuse = left <= 0 || (estimate >= 0 && estimate * 1000 > (double)left);
     e->stats.deadline_refused += (uint64_t)refuse;
@@ -5335,7 +5504,7 @@ static void engine_leave_slot(engine *e, engine_job *j) {
     for (int i = 0; i < e->options.n_parallel; i++)
         if (e->running[i] == j) e->running[i] = NULL;
     e->stats.running--;
-    e->stats.kv_used = 1 - (double)e->kv.n_free / e->kv.n_blocks;
+    engine_kv_stats(e);
     pthread_mutex_unlock(&e->lock);
 }
 
@@ -5438,10 +5607,28 @@ static void engine_set_rate(engine *e, double *rate, double value) { /* a moving
     pthread_mutex_unlock(&e->lock);
 }
 
+/* Notes that the job's cache has grown to n_computed positions, and offers its full blocks to others. */
+static void engine_computed(engine *e, engine_job *j, int n_computed) { /* under lock */
+    j->n_computed = n_computed;
+    kv_publish(&e->kv, &j->kv, j->cache_key, j->token, j->n_computed);
+}
+
+/* Skips what another job has computed since this one was admitted: jobs with the same beginning that come
+ * together compute it once. */
+static void engine_skip_shared(engine *e, engine_job *j) {
+    pthread_mutex_lock(&e->lock);
+    while (j->n_computed == j->kv.n_published * KV_BLOCK && kv_share_next(&e->kv, &j->kv, j->cache_key, j->token, j->n_prompt - 1)) {
+        j->n_computed += KV_BLOCK, j->n_cached += KV_BLOCK;
+        e->stats.cached_tokens += KV_BLOCK;
+    }
+    pthread_mutex_unlock(&e->lock);
+}
+
 static void engine_prefill(engine *e, engine_job *j, int others) {
     int32_t pos[1024];
     const uint32_t *blocks[1024];
     unsigned char want[1024] = {0};
+    engine_skip_shared(e, j);
     int n = j->n_prompt - j->n_computed, most = engine_chunk(e, others);
     n = n < most ? n : most;
     for (int i = 0; i < n; i++) pos[i] = j->n_computed + i, blocks[i] = j->kv.block;
@@ -5452,7 +5639,7 @@ static void engine_prefill(engine *e, engine_job *j, int others) {
     if (!model_forward(&e->run, &b)) return;
     if (n >= 8) engine_set_rate(e, &e->stats.prefill_rate, n / (sys_now() - from));
     pthread_mutex_lock(&e->lock);
-    j->n_computed += n;
+    engine_computed(e, j, j->n_computed + n);
     int done = j->n_computed == j->n_prompt;
     if (done) j->state = JOB_DECODE;
     pthread_mutex_unlock(&e->lock);
@@ -5483,7 +5670,7 @@ static void engine_decode(engine *e) {
     engine_set_rate(e, &e->stats.decode_rate, 1 / (sys_now() - from));
     for (int i = 0; i < n; i++) {
         pthread_mutex_lock(&e->lock);
-        e->batch_job[i]->n_computed++;
+        engine_computed(e, e->batch_job[i], e->batch_job[i]->n_computed + 1);
         pthread_mutex_unlock(&e->lock);
         engine_next_token(e, e->batch_job[i], e->run.logits + (size_t)i * (size_t)e->m->n_vocab);
     }
@@ -5495,14 +5682,19 @@ static void engine_admit(engine *e) { /* under lock */
     for (int i = 0; i < e->options.n_parallel && e->queue_first; i++) {
         engine_job *j = e->queue_first;
         if (e->running[i]) continue;
-        if (!kv_reserve(&e->kv, &j->kv, j->n_prompt + j->max_tokens)) return;
+        j->n_cached = j->n_computed = kv_share(&e->kv, &j->kv, j->cache_key, j->token, j->n_prompt - 1);
+        if (!kv_reserve(&e->kv, &j->kv, j->n_prompt + j->max_tokens)) {
+            kv_release(&e->kv, &j->kv);
+            return;
+        }
+        e->stats.cached_tokens += (uint64_t)j->n_cached;
         e->queue_first = j->next_queued;
         if (!e->queue_first) e->queue_last = NULL;
         e->running[i] = j;
         j->state = JOB_PREFILL, j->t_run = sys_now();
         e->stats.queued--, e->stats.running++;
         engine_hist_add(&e->stats.queue_wait, j->t_run - j->t_submit);
-        e->stats.kv_used = 1 - (double)e->kv.n_free / e->kv.n_blocks;
+        engine_kv_stats(e);
     }
 }
 
@@ -5513,13 +5705,14 @@ static void engine_calibrate(engine *e) {
     const uint32_t *blocks[PROMPT];
     unsigned char want[PROMPT] = {0};
     uint32_t block[2];
-    kv_seq seq = {block, 0};
+    kv_seq seq = {block, 0, 0};
     int n = e->n_ctx - STEPS < PROMPT ? e->n_ctx - STEPS : PROMPT;
     if (n > e->options.chunk) n = e->options.chunk;
-    if (n < 1 || !kv_reserve(&e->kv, &seq, n + STEPS)) {
-        e->never_calibrate = 1; /* too small a context */
-        return;
-    }
+    pthread_mutex_lock(&e->lock);
+    int fits = n >= 1 && kv_reserve(&e->kv, &seq, n + STEPS);
+    e->never_calibrate = !fits; /* too small a context */
+    pthread_mutex_unlock(&e->lock);
+    if (!fits) return;
     for (int i = 0; i < n; i++) id[i] = (i * 37 + 11) % e->m->n_vocab, pos[i] = i, blocks[i] = block;
     model_batch b = {n, id, pos, blocks, want, engine_between_layers, e};
     double from = sys_now();
@@ -5670,6 +5863,7 @@ static engine *engine_open(model *m, const lorch_options *options, int start, ch
     pthread_mutex_init(&e->lock, NULL);
     sys_cond_init(&e->work), sys_cond_init(&e->intake), sys_cond_init(&e->idle);
     engine_progress(e);
+    e->salt = sys_random();
     int ok = engine_open_parts(e, err, cap);
     if (ok && start) {
         if (sys_thread(&e->intake_thread, engine_intake_main, e) == 0) e->n_started++;
@@ -6349,6 +6543,7 @@ static void route_format_started(const engine_job *j, const engine *e, buf *b) {
     json_kv_cstr(b, "started_at", at);
     json_kv_u64(b, "seed", j->sample.seed);
     json_kv_int(b, "prompt_tokens", j->n_prompt);
+    json_kv_int(b, "cached_tokens", j->n_cached);
     json_put_key(b, "fingerprint"), buf_puts(b, "null");
     json_kv_cstr(b, "correlation_id", j->correlation);
 }
@@ -6370,7 +6565,7 @@ static void route_format_end(const engine_job *j, lorch_reason reason, buf *b) {
     if (reason == LORCH_STOP_SEQUENCE) json_kv_str(b, "stop_sequence_matched", buf_str(&j->stop[j->stop_matched]));
     json_kv_u64(b, "seed", j->sample.seed);
     json_kv_int(b, "prompt_tokens", j->n_prompt);
-    json_kv_int(b, "cached_tokens", 0);
+    json_kv_int(b, "cached_tokens", j->n_cached);
 }
 
 static void route_format_error(const engine_job *j, const engine_event *ev, buf *b) {
@@ -6595,6 +6790,7 @@ static void route_set_number(const route_server *s, engine_job *j, const route_f
     else *(int *)at = (int)whole;
 }
 
+/* A string of 1 to `most` bytes or characters. */
 static void route_set_string(engine_job *j, const char *name, enum json_type t, str token, buf *out, int64_t most, int bytes) {
     char constraint[64], message[160];
     int64_t n = 0;
@@ -6645,6 +6841,7 @@ static const char *route_parse_job(const route_server *s, engine_job *j, str bod
         if ((t = json_next(&r)) == JSON_ERROR) {
         } else if (str_is(n, "job_id")) has_id = 1, route_set_string(j, "job_id", t, r.token, &j->id, MAX_JOB_ID_BYTES, 1);
         else if (str_is(n, "prompt")) has_prompt = 1, route_set_string(j, "prompt", t, r.token, &j->prompt, MAX_PROMPT_CHARS, 0);
+        else if (str_is(n, "cache_key") && t != JSON_NULL) route_set_string(j, "cache_key", t, r.token, &j->cache_name, MAX_JOB_ID_BYTES, 1);
         else if (str_is(n, "stop")) route_set_stops(j, &r, t), t = JSON_NULL;
         else
             for (size_t i = 0; i < sizeof route_fields / sizeof *route_fields; i++)
@@ -6793,6 +6990,10 @@ static void route_health_jobs(const route_server *s, const engine_stats *stats, 
     json_kv_int(b, "queued", stats->live - stats->running);
     json_kv_int(b, "parallel", s->e->options.n_parallel);
     json_kv_int(b, "queue", s->e->options.n_queue);
+    buf_putc(b, '}');
+    json_put_key(b, "cache"), buf_putc(b, '{');
+    json_kv_int(b, "idle_tokens", stats->kv_idle_tokens);
+    json_kv_u64(b, "cached_tokens", stats->cached_tokens);
     buf_putc(b, '}');
     json_put_key(b, "rates"), buf_putc(b, '{');
     json_kv_num(b, "prefill_tokens_per_sec", stats->prefill_rate > 0 ? stats->prefill_rate : (double)NAN, 1);
@@ -8314,7 +8515,7 @@ static int cli_score_ids(cli_settings *c, cli_run *r, const tok_ids *ids) {
     int n_vocab = r->m->n_vocab, ok = 1;
     uint32_t *block = sys_zalloc((size_t)r->kv.n_blocks, sizeof *block);
     unsigned char *used = sys_zalloc((size_t)n_vocab, 1);
-    kv_seq seq = {block, 0};
+    kv_seq seq = {block, 0, 0};
     if (!block || !used || !kv_reserve(&r->kv, &seq, ids->n)) ok = 0;
     for (int from = 0; ok && from < ids->n; from += r->chunk) {
         int n = ids->n - from < r->chunk ? ids->n - from : r->chunk;
@@ -8478,7 +8679,7 @@ static int cli_bench(cli_settings *c) {
     if (!cli_run_open(&r, c, (need ? need : 1) * KV_BLOCK, batch, batch)) return 1;
     uint32_t *table = sys_zalloc((size_t)need, sizeof *table);
     int32_t *id = sys_zalloc((size_t)p, sizeof *id);
-    kv_seq all = {table, 0};
+    kv_seq all = {table, 0, 0};
     ok = table && id && kv_reserve(&r.kv, &all, (int64_t)need * KV_BLOCK);
     prompt_block = table;
     for (int i = 0; ok && i < batch; i++) block[i] = table + kv_blocks_for(p) + i * kv_blocks_for(n);
