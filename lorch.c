@@ -4984,6 +4984,13 @@ typedef struct {
     const char *details;       /* REFUSED: JSON members, or "" */
 } engine_event;
 
+enum {
+    ENGINE_DRAFT = 8,       /* most tokens proposed for one job and step */
+    ENGINE_DRAFT_ROWS = 16, /* of all jobs together: each needs a row of logits */
+    ENGINE_ROWS = MAX_PARALLEL + ENGINE_DRAFT_ROWS,
+    GRAM = 3                /* tokens that must match before what followed them is proposed */
+};
+
 typedef struct { /* a token whose event waits until its text is decided */
     int index;
     int32_t id;
@@ -4998,7 +5005,7 @@ struct engine_job {
     buf id, prompt, stop[MAX_STOPS], cache_name; /* cache_name: jobs share prefixes only with those of the same name */
     char correlation[65];
     sample_params sample;
-    int max_tokens, n_stop, ignore_eos, special, resume_from;
+    int max_tokens, n_stop, ignore_eos, special, resume_from, speculate;
     int64_t deadline_unix_ms;  /* 0: none */
     uint64_t deadline_ms;      /* as the request gave it, from its arrival */
     int has_seed, has_deadline;
@@ -5017,6 +5024,12 @@ struct engine_job {
     int n_cached;              /* of these, those that another job had computed */
     uint64_t cache_key;        /* of cache_name */
     kv_seq kv;
+    int32_t *gram;             /* [gram_mask + 1] by hash of GRAM tokens: the position after their latest occurrence */
+    uint32_t gram_mask;
+    int follow;                /* the position after the latest earlier occurrence of the last GRAM tokens; 0: none */
+    int n_drafted, n_accepted; /* tokens proposed, and those that were right */
+    int n_misses, next_draft;  /* proposals in a row that were all wrong; no draft before this many tokens are out */
+    double accept;             /* chance that a drafted token is right, a moving average */
     int32_t *seen;             /* distinct tokens of prompt and output, for penalties */
     int n_seen;
     unsigned char *seen_bit;   /* [n_vocab / 8 + 1] */
@@ -5045,7 +5058,7 @@ enum { ENGINE_MEMORIES = 1024, ENGINE_MEMORY_SECONDS = 60 };
 
 typedef struct { /* a copy of what /health and /metrics show */
     int running, queued, live;
-    uint64_t outcome[OUTCOMES], tokens_in, tokens_out, deadline_refused, cached_tokens;
+    uint64_t outcome[OUTCOMES], tokens_in, tokens_out, deadline_refused, cached_tokens, drafted, accepted;
     engine_hist duration, first_token, token, cancel, queue_wait; /* seconds; duration's bounds are in ms / 10 */
     double prefill_rate, decode_rate; /* tokens per second; 0: not measured yet */
     double kv_used;           /* share of the pool that jobs have reserved */
@@ -5096,7 +5109,7 @@ static engine_job *engine_job_new(void) {
 static void engine_job_free(engine_job *j) {
     buf_free(&j->id), buf_free(&j->prompt), buf_free(&j->cache_name), buf_free(&j->field_errors), buf_free(&j->window);
     for (int i = 0; i < MAX_STOPS; i++) buf_free(&j->stop[i]);
-    free(j->token), free(j->kv.block), free(j->seen), free(j->seen_bit), free(j->pending);
+    free(j->token), free(j->gram), free(j->kv.block), free(j->seen), free(j->seen_bit), free(j->pending);
     free(j);
 }
 
@@ -5225,8 +5238,10 @@ static int engine_prepare(engine *e, engine_job *j) {
     j->seen_bit = sys_zalloc((size_t)e->m->n_vocab / 8 + 1, 1);
     j->pending = sys_zalloc(most, sizeof *j->pending);
     j->kv.block = sys_zalloc((size_t)kv_blocks_for((int64_t)most), sizeof *j->kv.block);
+    for (j->gram_mask = 64; j->gram_mask < 2 * most; j->gram_mask *= 2) continue;
+    j->gram = sys_zalloc(j->gram_mask--, sizeof *j->gram);
     buf_reserve(&j->window, longest + e->max_piece * 3 + 64); /* each byte can become a U+FFFD of three */
-    return j->seen && j->seen_bit && j->pending && j->kv.block && !j->window.failed;
+    return j->seen && j->seen_bit && j->pending && j->kv.block && j->gram && !j->window.failed;
 }
 
 static void engine_kv_stats(engine *e) { /* under lock */
@@ -5251,6 +5266,18 @@ static void engine_mark_seen(engine_job *j, int32_t id) {
     j->seen[j->n_seen++] = id;
 }
 
+/* Looks up where the GRAM tokens that end at position n stood before, and notes that they stand here now. */
+static void engine_note_gram(engine_job *j, int n) {
+    uint32_t h = 0;
+    j->follow = 0;
+    if (n < GRAM) return;
+    const int32_t *t = j->token + n - GRAM;
+    for (int i = 0; i < GRAM; i++) h = (h ^ (uint32_t)t[i]) * 0x9e3779b1u, h ^= h >> 15;
+    int before = j->gram[h & j->gram_mask];
+    j->gram[h & j->gram_mask] = n;
+    if (before && memcmp(j->token + before - GRAM, t, GRAM * sizeof *t) == 0) j->follow = before;
+}
+
 static int engine_check(engine *e, engine_job *j) { /* refuses what cannot be run; 1: go on */
     char details[160], message[200];
     if (!engine_prepare(e, j)) return engine_refuse(e, j, &ERR_BUSY, "not enough memory for this job", ""), 0;
@@ -5266,7 +5293,8 @@ static int engine_check(engine *e, engine_job *j) { /* refuses what cannot be ru
         engine_field_error(j, "prompt", "tokens(1..)", "the prompt has no tokens", str_of(""));
         return engine_refuse(e, j, &ERR_INVALID, "the request has invalid fields", ""), 0;
     }
-    for (int i = 0; i < j->n_prompt; i++) engine_mark_seen(j, j->token[i]);
+    for (int i = 0; i < j->n_prompt; i++) engine_mark_seen(j, j->token[i]), engine_note_gram(j, i + 1);
+    j->accept = 0.5;
     engine_peek_cache(e, j);
     if (!j->deadline_unix_ms) return 1;
     pthread_mutex_lock(&e->lock);
@@ -5522,13 +5550,13 @@ static void engine_complete(engine *e, engine_job *j, lorch_reason reason) {
     engine_job_drop(e, j);
 }
 
-/* Chooses and takes in the next token of a job from its logits. */
-static void engine_next_token(engine *e, engine_job *j, float *logits) {
+/* Chooses and takes in the next token of a job from its logits. 0: that was its end, and it may be gone. */
+static int engine_next_token(engine *e, engine_job *j, float *logits) {
     const tok *t = e->m->tok;
     double now = sys_now();
     if (!sample_finite(logits, e->m->n_vocab)) {
         engine_fail(e, j, &ERR_INTERNAL, "the model's output is not finite: is the file damaged?");
-        return;
+        return 0;
     }
     sample_penalise(logits, j->seen, j->n_seen, j->sample.repetition_penalty);
     for (int i = 0; j->ignore_eos && i < t->n_special; i++)
@@ -5542,19 +5570,21 @@ static void engine_next_token(engine *e, engine_job *j, float *logits) {
     j->t_last_token = now;
     if (t->entry[id].ends && !j->ignore_eos) {
         engine_complete(e, j, LORCH_EOS);
-        return;
+        return 0;
     }
     pthread_mutex_lock(&e->lock);
     j->token[j->n_prompt + j->n_out++] = id;
     pthread_mutex_unlock(&e->lock);
     engine_mark_seen(j, id);
-    if (engine_add_text(e, j, id)) engine_complete(e, j, LORCH_STOP_SEQUENCE);
-    else if (j->n_out >= j->max_tokens) engine_complete(e, j, LORCH_MAX_TOKENS);
-    else if (now - j->t_metrics >= 0.5) {
+    engine_note_gram(j, j->n_prompt + j->n_out);
+    if (engine_add_text(e, j, id)) return engine_complete(e, j, LORCH_STOP_SEQUENCE), 0;
+    if (j->n_out >= j->max_tokens) return engine_complete(e, j, LORCH_MAX_TOKENS), 0;
+    if (now - j->t_metrics >= 0.5) {
         engine_event ev = {EVENT_METRICS, 0, 0, {"", 0}, LORCH_FAILED, NULL, NULL, ""};
         j->t_metrics = now;
         engine_emit(j, &ev);
     }
+    return 1;
 }
 
 static int engine_in_batch(const engine *e, const engine_job *j) {
@@ -5651,29 +5681,76 @@ static void engine_prefill(engine *e, engine_job *j, int others) {
     engine_next_token(e, j, e->run.logits);
 }
 
-/* One token for each job that decodes, in one batch. */
+/* How many tokens to propose for a job: as many as make the most of a step, given the chance that a token is
+ * right and what one more row costs (at most its share of a prefill). */
+static int engine_draft_length(const engine *e, const engine_job *j, int room) {
+    double cost = e->stats.prefill_rate > 0 && e->stats.decode_rate > 0 ? e->stats.decode_rate / e->stats.prefill_rate : 0.1, best = 1.02, gain = 1, chance = 1;
+    int most = j->max_tokens - j->n_out - 1, n = 0;
+    if (!j->speculate || e->options.no_speculate || !j->follow || j->n_out < j->next_draft) return 0;
+    if (most > room) most = room;
+    for (int k = 1; k <= ENGINE_DRAFT && k <= most; k++) {
+        gain += chance *= j->accept;
+        if (gain / (1 + k * cost) > best) best = gain / (1 + k * cost), n = k;
+    }
+    return n == 0 && most > 0 && cost < 0.5 ? 1 : n; /* one is enough to learn whether times have changed */
+}
+
+/* Proposes what followed the last tokens where they stood before (prompt lookup decoding, Saxena 2023). */
+static void engine_draft(const engine_job *j, int32_t *draft, int n) {
+    int end = j->n_prompt + j->n_out;
+    for (int i = 0; i < n; i++) draft[i] = j->follow + i < end ? j->token[j->follow + i] : draft[i - (end - j->follow)];
+}
+
+/* Learns from a step in which `right` of n proposed tokens were right. Misses make the next tries rarer. */
+static void engine_learn(engine *e, engine_job *j, int n, int right) {
+    for (int i = 0; i < n && i <= right; i++) j->accept += 0.15 * ((i < right) - j->accept);
+    j->n_misses = right ? 0 : j->n_misses < 6 ? j->n_misses + 1 : 6;
+    j->next_draft = j->n_out + (right ? 0 : 1 << j->n_misses);
+    j->n_drafted += n, j->n_accepted += right;
+    pthread_mutex_lock(&e->lock);
+    e->stats.drafted += (uint64_t)n, e->stats.accepted += (uint64_t)right;
+    pthread_mutex_unlock(&e->lock);
+}
+
+/* Takes in what a step computed for one job: its next token, and as many more as its draft foresaw. The draft
+ * only decides which positions were computed; every token comes from logits that follow the true text, so
+ * the output is what it would be without drafts. */
+static void engine_take_step(engine *e, engine_job *j, const int32_t *draft, int n_draft, float *logits) {
+    int right = 0, goes_on = 1;
+    for (int i = 0; i <= n_draft && goes_on; i++) {
+        pthread_mutex_lock(&e->lock);
+        engine_computed(e, j, j->n_computed + 1);
+        pthread_mutex_unlock(&e->lock);
+        goes_on = engine_next_token(e, j, logits + (size_t)i * (size_t)e->m->n_vocab);
+        if (!goes_on || i == n_draft || j->token[j->n_computed] != draft[i]) break;
+        right++;
+    }
+    if (goes_on && n_draft) engine_learn(e, j, n_draft, right);
+}
+
+/* One step for every job that decodes, in one batch: its last token, and after it what is proposed to follow. */
 static void engine_decode(engine *e) {
-    int32_t id[MAX_PARALLEL], pos[MAX_PARALLEL];
-    const uint32_t *blocks[MAX_PARALLEL];
-    unsigned char want[MAX_PARALLEL];
-    int n = 0;
+    int32_t id[ENGINE_ROWS], pos[ENGINE_ROWS];
+    const uint32_t *blocks[ENGINE_ROWS];
+    unsigned char want[ENGINE_ROWS];
+    int first[MAX_PARALLEL + 1], n = 0, room = ENGINE_DRAFT_ROWS, jobs = 0;
     for (int i = 0; i < e->options.n_parallel; i++) {
         engine_job *j = e->running[i];
         if (!j || j->state != JOB_DECODE) continue;
-        pos[n] = j->n_computed, id[n] = j->token[j->n_computed], blocks[n] = j->kv.block, want[n] = 1;
-        e->batch_job[n++] = j;
+        int drafts = engine_draft_length(e, j, room);
+        first[jobs] = n, e->batch_job[jobs++] = j, room -= drafts;
+        id[n] = j->token[j->n_computed];
+        engine_draft(j, id + n + 1, drafts);
+        for (int k = 0; k <= drafts; k++, n++) pos[n] = j->n_computed + k, blocks[n] = j->kv.block, want[n] = 1;
     }
-    if ((e->n_batch = n) == 0) return;
+    first[jobs] = n;
+    if ((e->n_batch = jobs) == 0) return;
     model_batch b = {n, id, pos, blocks, want, engine_between_layers, e};
     double from = sys_now();
     if (!model_forward(&e->run, &b)) return;
-    engine_set_rate(e, &e->stats.decode_rate, 1 / (sys_now() - from));
-    for (int i = 0; i < n; i++) {
-        pthread_mutex_lock(&e->lock);
-        engine_computed(e, e->batch_job[i], e->batch_job[i]->n_computed + 1);
-        pthread_mutex_unlock(&e->lock);
-        engine_next_token(e, e->batch_job[i], e->run.logits + (size_t)i * (size_t)e->m->n_vocab);
-    }
+    if (n == jobs) engine_set_rate(e, &e->stats.decode_rate, 1 / (sys_now() - from));
+    for (int i = 0; i < jobs; i++)
+        engine_take_step(e, e->batch_job[i], id + first[i] + 1, first[i + 1] - first[i] - 1, e->run.logits + (size_t)first[i] * (size_t)e->m->n_vocab);
     e->n_batch = 0;
 }
 
@@ -5778,6 +5855,11 @@ static uint64_t engine_kv_want(const engine *e, kv_layout layout, uint64_t avail
     return all < available / 4 ? all : available / 4;
 }
 
+static int engine_max_rows(const lorch_options *o) { /* tokens in one batch */
+    int decode = o->n_parallel + ENGINE_DRAFT_ROWS;
+    return o->chunk > decode ? o->chunk : decode;
+}
+
 /* Sizes the context and the KV pool, and refuses what memory cannot hold, with the numbers. */
 static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, size_t cap) {
     const model *m = e->m;
@@ -5798,7 +5880,7 @@ static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, s
                                       (unsigned long long)one, (unsigned long long)kv);
         e->n_ctx = (int)blocks * KV_BLOCK;
     }
-    uint64_t need = blocks * layout->block_bytes + model_run_bytes(m, o->n_threads, o->chunk, o->n_parallel);
+    uint64_t need = blocks * layout->block_bytes + model_run_bytes(m, o->n_threads, engine_max_rows(o), o->n_parallel + ENGINE_DRAFT_ROWS);
     if (need > available)
         return sys_fail(err, cap, "INSUFFICIENT_MEMORY: KV cache and scratch need %llu bytes, but %llu are available (see --kv-cache-size-mb, --context, --parallel)",
                         (unsigned long long)need, (unsigned long long)available);
@@ -5849,7 +5931,7 @@ static int engine_open_parts(engine *e, char *err, size_t cap) {
     o->n_threads = e->threads.n_threads;
     e->memory = sys_zalloc(ENGINE_MEMORIES, sizeof *e->memory);
     if (!e->memory || e->piece.failed || !kv_pool_open(&e->kv, layout, n_blocks) || !sample_open(&e->sampler, e->m->n_vocab) ||
-        !model_run_open(&e->run, e->m, e->k, &e->threads, &e->kv, o->chunk > o->n_parallel ? o->chunk : o->n_parallel, o->n_parallel))
+        !model_run_open(&e->run, e->m, e->k, &e->threads, &e->kv, engine_max_rows(o), o->n_parallel + ENGINE_DRAFT_ROWS))
         return sys_fail(err, cap, "INSUFFICIENT_MEMORY: cannot allocate the KV cache and scratch");
     return 1;
 }
@@ -6000,7 +6082,7 @@ static engine_job *embed_job(const char *key, const char *prompt, size_t len, co
     for (int i = 0; i < p->n_stop; i++) buf_puts(&j->stop[i], p->stop[i]);
     sample_params s = {p->temperature, p->top_p, p->min_p, p->repetition_penalty, p->top_k, p->seed};
     j->sample = s;
-    j->max_tokens = p->max_tokens, j->n_stop = p->n_stop, j->special = p->special, j->ignore_eos = p->ignore_eos;
+    j->max_tokens = p->max_tokens, j->n_stop = p->n_stop, j->special = p->special, j->ignore_eos = p->ignore_eos, j->speculate = 1;
     j->sink = embed_sink, j->user = c;
     int bad = utf8_count(buf_str(&j->prompt)) < 0 || j->id.len > MAX_JOB_ID_BYTES;
     for (int i = 0; i < p->n_stop; i++) bad |= j->stop[i].len == 0;
@@ -6051,6 +6133,7 @@ lorch_reason lorch_generate(lorch *l, const char *key, const char *prompt, size_
     if (stats) {
         memset(stats, 0, sizeof *stats);
         stats->prompt_tokens = j->n_prompt, stats->tokens_out = j->n_out, stats->stop_matched = j->stop_matched;
+        stats->cached_tokens = j->n_cached, stats->drafted_tokens = j->n_drafted, stats->accepted_tokens = j->n_accepted;
         if (j->t_decode > 0) stats->prefill_seconds = j->t_decode - j->t_run, stats->decode_seconds = j->t_done - j->t_decode;
     }
     engine_job_drop(l->e, j);
@@ -6566,6 +6649,8 @@ static void route_format_end(const engine_job *j, lorch_reason reason, buf *b) {
     json_kv_u64(b, "seed", j->sample.seed);
     json_kv_int(b, "prompt_tokens", j->n_prompt);
     json_kv_int(b, "cached_tokens", j->n_cached);
+    json_kv_int(b, "drafted_tokens", j->n_drafted);
+    json_kv_int(b, "accepted_tokens", j->n_accepted);
 }
 
 static void route_format_error(const engine_job *j, const engine_event *ev, buf *b) {
@@ -6741,6 +6826,7 @@ static const route_field route_fields[] = {
     {"deadline_ms", FIELD_U64, 0, 1e15, F(deadline_ms), 0},
     {"resume_from", FIELD_INT, 0, MAX_CONTEXT, F(resume_from), 0},
     {"ignore_eos", FIELD_BOOL, 0, 1, F(ignore_eos), 0},
+    {"speculate", FIELD_BOOL, 0, 1, F(speculate), 0},
 };
 #undef F
 
@@ -6909,6 +6995,7 @@ static void route_execute(route_server *s, http_conn *c) {
     }
     j->max_tokens = s->set.max_tokens_out < 2048 ? s->set.max_tokens_out : 2048;
     j->sample.temperature = j->sample.top_p = j->sample.repetition_penalty = 1;
+    j->speculate = 1;
     const char *wrong = route_parse_job(s, j, buf_str(&c->body), &at);
     route_set_deadline(&c->req, j);
     if (!j->has_seed) j->sample.seed = sys_random() >> 11; /* below 2^53, so that every JSON reader keeps it */
@@ -7092,6 +7179,8 @@ static void route_metrics(route_server *s, http_conn *c) {
     route_metric(&p, "worker_tokens_in_total", "counter", "Prompt tokens of accepted jobs.", (double)t.tokens_in);
     route_metric(&p, "worker_tokens_generated_total", "counter", "Tokens generated by jobs that have ended.", (double)t.tokens_out);
     route_metric(&p, "worker_cached_tokens_total", "counter", "Prompt tokens that came from the prefix cache.", (double)t.cached_tokens);
+    route_metric(&p, "worker_drafted_tokens_total", "counter", "Tokens proposed by looking them up in the job's own text.", (double)t.drafted);
+    route_metric(&p, "worker_accepted_tokens_total", "counter", "Proposed tokens that were right.", (double)t.accepted);
     route_metric(&p, "worker_deadline_refused_total", "counter", "Jobs refused because they could not meet their deadline.", (double)t.deadline_refused);
     route_metric(&p, "worker_log_dropped_total", "counter", "Log lines that stderr did not take.", (double)log_state.dropped);
     route_metric(&p, "worker_jobs_running", "gauge", "Jobs in prefill or decode.", t.running);
@@ -7599,7 +7688,7 @@ typedef struct {
         header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, n, top, top_k, bench_prompt, bench_batch, bench_rounds;
     uint64_t seed;
     double temperature, top_p, min_p, repetition_penalty;
-    int insecure, exit_with_parent, lazy, json, special, no_bos, ignore_eos, has_seed;
+    int insecure, exit_with_parent, lazy, no_speculate, json, special, no_bos, ignore_eos, has_seed;
     /* not options */
     enum cli_command command;
     const char *file;      /* the subcommands' MODEL */
@@ -7657,6 +7746,7 @@ static const cli_option cli_options[] = {
     {"kv-type", 0, CLI_CHOICE, CLI_ENGINE, F(kv_type), 0, 0, "f16", "f16|f32", "numbers in the KV cache; default f16"},
     {"kv-cache-size-mb", 0, CLI_INT, CLI_SERVE, F(kv_cache_mb), 1, 1e12, 0, "N", "MiB of KV cache; default parallel x context, at most a quarter of free memory"},
     {"chunk", 0, CLI_INT, CLI_ENGINE, F(chunk), 1, 1024, 0, "N", "most prompt tokens in one step; default 256"},
+    {"no-speculate", 0, CLI_SWITCH, CLI_SERVE | CLI_GENERATE, F(no_speculate), 0, 0, 0, 0, "decode one token a step, without looking ahead in repeated text"},
     {"pre", 0, CLI_STRING, CLI_TOKENS, F(pre), 0, 0, 0, "NAME", "pre-tokenizer to use instead of the one that the file names"},
     {"prompt", "p", CLI_STRING, CLI_GENERATE, F(prompt), 0, 0, 0, "TEXT", "the prompt; default standard input"},
     {"max-tokens", "n", CLI_INT, CLI_GENERATE, F(n), 1, MAX_CONTEXT, "2048", "N", "most tokens to generate; default 2048"},
@@ -7919,7 +8009,7 @@ static void cli_engine_options(const cli_settings *c, lorch_options *o) {
     lorch_defaults(o);
     o->n_threads = (int)c->threads, o->n_ctx = (int)c->context, o->chunk = (int)c->chunk;
     o->kv_f32 = c->kv_type && strcmp(c->kv_type, "f32") == 0;
-    o->pre = c->pre;
+    o->pre = c->pre, o->no_speculate = c->no_speculate;
     if (c->command == CLI_SERVE) o->n_parallel = (int)c->parallel, o->n_queue = (int)c->queue, o->kv_bytes = (uint64_t)c->kv_cache_mb << 20;
     else o->n_parallel = 1;
 }
@@ -8265,6 +8355,7 @@ static void cli_print_generated(const cli_settings *c, const tok_ids *prompt, cl
     json_kv_cstr(&b, "stop_reason", reasons[reason]);
     if (st->stop_matched >= 0) json_kv_cstr(&b, "stop_sequence_matched", c->stop[st->stop_matched]);
     json_kv_u64(&b, "seed", p->seed);
+    json_kv_int(&b, "drafted_tokens", st->drafted_tokens), json_kv_int(&b, "accepted_tokens", st->accepted_tokens);
     json_kv_num(&b, "prefill_ms", st->prefill_seconds * 1000, 1);
     json_kv_num(&b, "decode_ms", st->decode_seconds * 1000, 1);
     buf_puts(&b, "}\n");

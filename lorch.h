@@ -36,6 +36,7 @@ typedef struct {
     int n_parallel;       /* generations that run at the same time; more wait. Default 4 */
     int n_queue;          /* generations that may wait. Default 32 */
     int chunk;            /* prompt tokens that are computed in one step at most; 0: 256 */
+    int no_speculate;     /* decode one token a step. The output is the same; where text repeats, it comes slower */
     int kv_f32;           /* KV cache in F32 instead of F16 */
     uint64_t kv_bytes;    /* size of the KV pool; 0: n_parallel x n_ctx, at most a quarter of available memory */
     const char *pre;      /* pre-tokenizer to use instead of the one that the file names; NULL: the file's */
@@ -76,6 +77,8 @@ typedef struct { /* one generated token */
 
 typedef struct {
     int prompt_tokens, tokens_out;
+    int cached_tokens;       /* of the prompt, that an earlier generation had computed */
+    int drafted_tokens, accepted_tokens; /* looked up in the text itself instead of computed one by one; those that were right */
     int stop_matched;        /* index of the stop string, or -1 */
     double prefill_seconds, decode_seconds;
 } lorch_stats;
