@@ -149,6 +149,12 @@ static double sys_now(void) { /* seconds, monotonic */
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+static double sys_cpu_now(void) { /* CPU seconds of all threads of this process */
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 static int64_t sys_unix_ms(void) { /* milliseconds since 1970, as X-Deadline counts them */
     struct timespec t;
     clock_gettime(CLOCK_REALTIME, &t);
@@ -4957,6 +4963,7 @@ static int sample_finite(const float *logits, int n) { /* branch-free, so that i
 
 enum engine_state { JOB_INTAKE, JOB_QUEUED, JOB_PREFILL, JOB_DECODE, JOB_DONE };
 enum engine_event_type { EVENT_REFUSED, EVENT_STARTED, EVENT_PREFILL, EVENT_TOKEN, EVENT_METRICS, EVENT_END, EVENT_ERROR };
+static const char *const engine_outcome_names[] = {"success", "error", "cancelled", "timeout", "rejected"};
 enum engine_cancel_cause { CANCEL_NONE, CANCEL_ASKED, CANCEL_DRAIN }; /* DRAIN: another worker may run the job */
 enum engine_outcome { OUTCOME_SUCCESS, OUTCOME_ERROR, OUTCOME_CANCELLED, OUTCOME_TIMEOUT, OUTCOME_REJECTED, OUTCOMES };
 
@@ -5008,7 +5015,9 @@ struct engine_job {
     int max_tokens, n_stop, ignore_eos, special, resume_from, speculate;
     int64_t deadline_unix_ms;  /* 0: none */
     uint64_t deadline_ms;      /* as the request gave it, from its arrival */
-    int has_seed, has_deadline;
+    int has_seed, has_deadline, resumes; /* resumes: resume_from was given */
+    int earlier;               /* refused because a job of this id has ended as earlier_outcome, with n_out tokens */
+    enum engine_outcome earlier_outcome;
     buf field_errors;          /* JSON objects, separated by commas: intake refuses the job with them */
     engine_sink sink;
     void *user;                /* the sink's */
@@ -5038,6 +5047,7 @@ struct engine_job {
     int n_tail;
     engine_pending *pending;   /* [max_tokens] */
     int n_pending, stop_matched;
+    double cpu_seconds;        /* its share of the process's, by rows computed */
     double t_submit, t_run, t_decode, t_last_token, t_metrics, t_cancel, t_done, t_progress;
 };
 
@@ -5048,13 +5058,15 @@ typedef struct {
 } engine_hist;
 static const double engine_hist_bounds[HIST_BUCKETS] = {0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30, 120};
 
-typedef struct { /* what is remembered of ids that are not live */
-    char id[MAX_JOB_ID_BYTES];
-    size_t len;
+typedef struct { /* what is remembered of an id that is not live */
+    uint64_t id[2];  /* two salted hashes of it: 128 bits that nobody can aim at */
     double when;
-    int ended;      /* 1: that job has ended; 0: cancelled before it came */
+    int ended;       /* 1: that job has ended; 0: cancelled before it came */
+    enum engine_outcome outcome;
+    int tokens_out;
+    int next;        /* of the same bucket, or -1 */
 } engine_memory;
-enum { ENGINE_MEMORIES = 1024, ENGINE_MEMORY_SECONDS = 60 };
+enum { ENGINE_MEMORIES = 1 << 15, ENGINE_MEMORY_SECONDS = 60 }; /* more than 500 jobs a second for a minute */
 
 typedef struct { /* a copy of what /health and /metrics show */
     int running, queued, live;
@@ -5085,7 +5097,8 @@ typedef struct {
     engine_stats stats;
     uint64_t salt;            /* of cache keys: random, so that nobody can make two names collide */
     engine_memory *memory;    /* [ENGINE_MEMORIES], a ring */
-    int memory_next;
+    int *memory_bucket;       /* [ENGINE_MEMORIES] first of each bucket, or -1 */
+    unsigned memory_next;
     pthread_t engine_thread, intake_thread;
     int n_started;            /* threads to join */
     buf piece;                /* the engine thread's: bytes of one token */
@@ -5128,21 +5141,41 @@ static void engine_hist_add(engine_hist *h, double seconds) {
     h->sum += seconds;
 }
 
-static engine_memory *engine_remembered(engine *e, str id, double now) { /* under lock; NULL: not known */
-    for (int i = 0; i < ENGINE_MEMORIES; i++) {
-        engine_memory *r = &e->memory[i];
-        if (r->len == id.len && r->when > now - ENGINE_MEMORY_SECONDS && memcmp(r->id, id.ptr, id.len) == 0) return r;
+static void engine_hash_id(const engine *e, str id, uint64_t out[2]) {
+    uint64_t a = e->salt, b = ~e->salt;
+    for (size_t i = 0; i < id.len; i++) {
+        a = (a ^ (unsigned char)id.ptr[i]) * 0xbf58476d1ce4e5b9u, a ^= a >> 31;
+        b = (b ^ (unsigned char)id.ptr[i]) * 0x94d049bb133111ebu, b ^= b >> 29;
     }
+    out[0] = a, out[1] = b;
+}
+
+static engine_memory *engine_remembered(engine *e, str id, double now) { /* under lock; NULL: not known */
+    uint64_t h[2];
+    engine_hash_id(e, id, h);
+    for (int i = e->memory_bucket[h[0] % ENGINE_MEMORIES]; i >= 0; i = e->memory[i].next)
+        if (e->memory[i].id[0] == h[0] && e->memory[i].id[1] == h[1] && e->memory[i].when > now - ENGINE_MEMORY_SECONDS) return &e->memory[i];
     return NULL;
 }
 
-static void engine_remember(engine *e, str id, int ended) { /* under lock */
+/* Under lock. A full memory forgets the oldest. */
+static engine_memory *engine_remember(engine *e, str id) {
     double now = sys_now();
     engine_memory *r = engine_remembered(e, id, now);
-    if (id.len == 0 || id.len > MAX_JOB_ID_BYTES) return;
-    if (!r) r = &e->memory[e->memory_next++ % ENGINE_MEMORIES];
-    memcpy(r->id, id.ptr, id.len);
-    r->len = id.len, r->when = now, r->ended = ended;
+    if (!r) {
+        int n = e->memory_next++ % ENGINE_MEMORIES;
+        r = &e->memory[n];
+        for (int *at = &e->memory_bucket[r->id[0] % ENGINE_MEMORIES]; r->when > 0 && *at >= 0; at = &e->memory[*at].next)
+            if (*at == n) {
+                *at = r->next;
+                break;
+            }
+        engine_hash_id(e, id, r->id);
+        int *bucket = &e->memory_bucket[r->id[0] % ENGINE_MEMORIES];
+        r->next = *bucket, *bucket = n;
+    }
+    r->when = now, r->ended = 0;
+    return r;
 }
 
 static void engine_emit(engine_job *j, const engine_event *ev) { j->sink(j, ev); }
@@ -5163,7 +5196,10 @@ static void engine_retire(engine *e, engine_job *j, enum engine_outcome outcome)
     if (outcome != OUTCOME_REJECTED) {
         e->stats.tokens_out += (uint64_t)j->n_out;
         engine_hist_add(&e->stats.duration, (now - j->t_submit) / 10);
-        engine_remember(e, buf_str(&j->id), 1);
+        if (j->id.len) {
+            engine_memory *r = engine_remember(e, buf_str(&j->id));
+            r->ended = 1, r->outcome = outcome, r->tokens_out = j->n_out;
+        }
     }
     if (j->t_cancel > 0) engine_hist_add(&e->stats.cancel, now - j->t_cancel);
     pthread_mutex_unlock(&e->lock);
@@ -5380,12 +5416,13 @@ static const engine_error *engine_submit(engine *e, engine_job *j) {
     str id = buf_str(&j->id);
     for (const engine_job *o = e->live; o && id.len; o = o->next_live)
         if (str_eq(buf_str(&o->id), id)) why = &ERR_JOB_EXISTS;
+    const engine_memory *known = id.len ? engine_remembered(e, id, j->t_submit) : NULL;
+    if (known && known->ended && !j->resumes) why = &ERR_JOB_EXISTS, j->earlier = 1, j->earlier_outcome = known->outcome, j->n_out = known->tokens_out;
     if (e->draining || e->stop) why = &ERR_NOT_READY;
     else if (!why && e->stats.live >= e->options.n_parallel + e->options.n_queue) why = &ERR_BUSY;
     if (why) e->stats.outcome[OUTCOME_REJECTED]++;
     else {
-        const engine_memory *r = id.len ? engine_remembered(e, id, j->t_submit) : NULL;
-        if (r && !r->ended) j->cancel = CANCEL_ASKED, j->t_cancel = j->t_submit;
+        if (known && !known->ended) j->cancel = CANCEL_ASKED, j->t_cancel = j->t_submit;
         j->refs++, j->state = JOB_INTAKE;
         j->next_live = e->live, e->live = j;
         j->next_queued = NULL;
@@ -5423,7 +5460,7 @@ static int engine_cancel(engine *e, str id) {
     if (!found) {
         const engine_memory *r = engine_remembered(e, id, sys_now());
         if (r && r->ended) found = 2;
-        else engine_remember(e, id, 0);
+        else engine_remember(e, id);
     }
     pthread_mutex_unlock(&e->lock);
     return found;
@@ -5637,6 +5674,15 @@ static void engine_set_rate(engine *e, double *rate, double value) { /* a moving
     pthread_mutex_unlock(&e->lock);
 }
 
+/* A batch through the model; the CPU time that it takes is shared out to its jobs by their rows. */
+static int engine_forward(engine *e, const model_batch *b, const int *rows) {
+    double from = sys_cpu_now();
+    int done = model_forward(&e->run, b);
+    double each = (sys_cpu_now() - from) / b->n;
+    for (int i = 0; i < e->n_batch; i++) e->batch_job[i]->cpu_seconds += each * rows[i];
+    return done;
+}
+
 /* Notes that the job's cache has grown to n_computed positions, and offers its full blocks to others. */
 static void engine_computed(engine *e, engine_job *j, int n_computed) { /* under lock */
     j->n_computed = n_computed;
@@ -5666,7 +5712,7 @@ static void engine_prefill(engine *e, engine_job *j, int others) {
     model_batch b = {n, j->token + j->n_computed, pos, blocks, want, engine_between_layers, e};
     e->batch_job[0] = j, e->n_batch = 1;
     double from = sys_now();
-    if (!model_forward(&e->run, &b)) return;
+    if (!engine_forward(e, &b, &n)) return;
     if (n >= 8) engine_set_rate(e, &e->stats.prefill_rate, n / (sys_now() - from));
     pthread_mutex_lock(&e->lock);
     engine_computed(e, j, j->n_computed + n);
@@ -5733,12 +5779,12 @@ static void engine_decode(engine *e) {
     int32_t id[ENGINE_ROWS], pos[ENGINE_ROWS];
     const uint32_t *blocks[ENGINE_ROWS];
     unsigned char want[ENGINE_ROWS];
-    int first[MAX_PARALLEL + 1], n = 0, room = ENGINE_DRAFT_ROWS, jobs = 0;
+    int first[MAX_PARALLEL + 1], rows[MAX_PARALLEL], n = 0, room = ENGINE_DRAFT_ROWS, jobs = 0;
     for (int i = 0; i < e->options.n_parallel; i++) {
         engine_job *j = e->running[i];
         if (!j || j->state != JOB_DECODE) continue;
         int drafts = engine_draft_length(e, j, room);
-        first[jobs] = n, e->batch_job[jobs++] = j, room -= drafts;
+        first[jobs] = n, rows[jobs] = 1 + drafts, e->batch_job[jobs++] = j, room -= drafts;
         id[n] = j->token[j->n_computed];
         engine_draft(j, id + n + 1, drafts);
         for (int k = 0; k <= drafts; k++, n++) pos[n] = j->n_computed + k, blocks[n] = j->kv.block, want[n] = 1;
@@ -5747,7 +5793,7 @@ static void engine_decode(engine *e) {
     if ((e->n_batch = jobs) == 0) return;
     model_batch b = {n, id, pos, blocks, want, engine_between_layers, e};
     double from = sys_now();
-    if (!model_forward(&e->run, &b)) return;
+    if (!engine_forward(e, &b, rows)) return;
     if (n == jobs) engine_set_rate(e, &e->stats.decode_rate, 1 / (sys_now() - from));
     for (int i = 0; i < jobs; i++)
         engine_take_step(e, e->batch_job[i], id + first[i] + 1, first[i + 1] - first[i] - 1, e->run.logits + (size_t)first[i] * (size_t)e->m->n_vocab);
@@ -5909,7 +5955,7 @@ static void engine_close(engine *e) {
     kv_pool_close(&e->kv);
     sample_close(&e->sampler);
     buf_free(&e->piece);
-    free(e->memory);
+    free(e->memory), free(e->memory_bucket);
     model_free(e->m);
     pthread_mutex_destroy(&e->lock);
     free(e);
@@ -5930,7 +5976,9 @@ static int engine_open_parts(engine *e, char *err, size_t cap) {
     pool_start(&e->threads, o->n_threads);
     o->n_threads = e->threads.n_threads;
     e->memory = sys_zalloc(ENGINE_MEMORIES, sizeof *e->memory);
-    if (!e->memory || e->piece.failed || !kv_pool_open(&e->kv, layout, n_blocks) || !sample_open(&e->sampler, e->m->n_vocab) ||
+    e->memory_bucket = sys_zalloc(ENGINE_MEMORIES, sizeof *e->memory_bucket);
+    for (int i = 0; e->memory_bucket && i < ENGINE_MEMORIES; i++) e->memory_bucket[i] = -1;
+    if (!e->memory || !e->memory_bucket || e->piece.failed || !kv_pool_open(&e->kv, layout, n_blocks) || !sample_open(&e->sampler, e->m->n_vocab) ||
         !model_run_open(&e->run, e->m, e->k, &e->threads, &e->kv, engine_max_rows(o), o->n_parallel + ENGINE_DRAFT_ROWS))
         return sys_fail(err, cap, "INSUFFICIENT_MEMORY: cannot allocate the KV cache and scratch");
     return 1;
@@ -6651,6 +6699,9 @@ static void route_format_end(const engine_job *j, lorch_reason reason, buf *b) {
     json_kv_int(b, "cached_tokens", j->n_cached);
     json_kv_int(b, "drafted_tokens", j->n_drafted);
     json_kv_int(b, "accepted_tokens", j->n_accepted);
+    json_kv_num(b, "queue_ms", (j->t_run - j->t_submit) * 1000, 1);
+    json_kv_num(b, "prefill_ms", ((j->t_decode > 0 ? j->t_decode : j->t_done) - j->t_run) * 1000, 1);
+    json_kv_num(b, "cpu_ms", j->cpu_seconds * 1000, 1);
 }
 
 static void route_format_error(const engine_job *j, const engine_event *ev, buf *b) {
@@ -6873,7 +6924,7 @@ static void route_set_number(const route_server *s, engine_job *j, const route_f
     } else if (!in_range) route_bad_number(s, j, f, token, NULL, v);
     else if (f->kind == FIELD_FLOAT) *(float *)at = (float)v;
     else if (f->kind == FIELD_U64) *(uint64_t *)at = whole, j->has_seed |= strcmp(f->name, "seed") == 0, j->has_deadline |= strcmp(f->name, "deadline_ms") == 0;
-    else *(int *)at = (int)whole;
+    else *(int *)at = (int)whole, j->resumes |= strcmp(f->name, "resume_from") == 0;
 }
 
 /* A string of 1 to `most` bytes or characters. */
@@ -6978,7 +7029,7 @@ static route_stream *route_stream_new(route_server *s, http_conn *c, engine_job 
 }
 
 static const char *route_submit_message(const engine_error *why) {
-    if (why == &ERR_JOB_EXISTS) return "a job with this job_id is running or queued";
+    if (why == &ERR_JOB_EXISTS) return "a job with this job_id is running or queued, or has ended within a minute (give resume_from to run it again)";
     if (why == &ERR_BUSY) return "all slots are busy and the queue is full";
     return "the worker is shutting down";
 }
@@ -7005,7 +7056,10 @@ static void route_execute(route_server *s, http_conn *c) {
     const engine_error *why = wrong || (j->field_errors.len && (!j->id.len || !j->prompt.len)) ? &ERR_INVALID : engine_submit(s->e, j);
     if (!why) return;
     if (why == &ERR_INVALID) engine_count_rejected(s->e);
-    route_refuse(s, c, why, wrong ? message : why == &ERR_INVALID ? "the request has invalid fields" : route_submit_message(why), "",
+    char details[96] = "";
+    if (why == &ERR_JOB_EXISTS && j->earlier)
+        snprintf(details, sizeof details, "\"outcome\":\"%s\",\"tokens_out\":%d", engine_outcome_names[j->earlier_outcome], j->n_out);
+    route_refuse(s, c, why, wrong ? message : why == &ERR_INVALID ? "the request has invalid fields" : route_submit_message(why), details,
                  wrong ? str_of("") : buf_str(&j->field_errors));
     route_end_stream(st);
 }
@@ -7168,14 +7222,13 @@ static void route_metric_hist(route_page *p, const char *name, const char *help,
 }
 
 static void route_metrics(route_server *s, http_conn *c) {
-    static const char *const outcomes[OUTCOMES] = {"success", "error", "cancelled", "timeout", "rejected"};
     route_page p = {{0}, ""};
     engine_stats t = {0};
     if (s->e) t = engine_snapshot(s->e);
     snprintf(p.labels, sizeof p.labels, "component=\"lorch\",worker_id=\"%s\"", s->set.worker_id);
     route_metric_head(&p, "worker_requests_total", "counter", "Jobs by how they ended.");
     for (int i = 0; i < OUTCOMES; i++)
-        buf_printf(&p.b, "worker_requests_total{%s,outcome=\"%s\"} %llu\n", p.labels, outcomes[i], (unsigned long long)t.outcome[i]);
+        buf_printf(&p.b, "worker_requests_total{%s,outcome=\"%s\"} %llu\n", p.labels, engine_outcome_names[i], (unsigned long long)t.outcome[i]);
     route_metric(&p, "worker_tokens_in_total", "counter", "Prompt tokens of accepted jobs.", (double)t.tokens_in);
     route_metric(&p, "worker_tokens_generated_total", "counter", "Tokens generated by jobs that have ended.", (double)t.tokens_out);
     route_metric(&p, "worker_cached_tokens_total", "counter", "Prompt tokens that came from the prefix cache.", (double)t.cached_tokens);

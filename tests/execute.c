@@ -799,10 +799,17 @@ static void test_job_exists(void) {
     stream_finish(running, bound_ms(5000));
 }
 
+/* A job runs at most once, unless it is resumed: whoever repeats a request learns how it ended. */
 static void test_job_id_again(void) {
     const char *id = fresh_id();
-    for (int i = 0; i < 2; i++)
-        check_end(job_run(tiny(), "'job_id':'%s','max_tokens':2", id), "MAX_TOKENS");
+    check_end(job_run(tiny(), "'job_id':'%s','max_tokens':2,'seed':1,'ignore_eos':true", id),
+              "MAX_TOKENS");
+    reply *r = refused(tiny(), q("{'job_id':'%s','prompt':'x'}", id));
+    check_refused(r, 409, "JOB_EXISTS", "a finished job");
+    CHECK_TEXT(json_str(r->body.p, "error.details.outcome"), "success", "outcome");
+    CHECK_NUM(json_num(r->body.p, "error.details.tokens_out"), 2, "tokens_out");
+    check_end(job_run(tiny(), "'job_id':'%s','max_tokens':2,'seed':1,'ignore_eos':true,"
+                      "'resume_from':0", id), "MAX_TOKENS");
 }
 
 static void test_pings(void) {
@@ -1142,7 +1149,7 @@ static const test tests[] = {
     {"several jobs make progress in turns [M0-W-1301]", test_turns},
     {"a full queue answers 503 with Retry-After [M0-W-1301] [SYS-5.5.1]", test_busy},
     {"a job_id that is in use is refused with 409 [SYS-5.4.1]", test_job_exists},
-    {"a job_id may be used again after its end [SYS-5.4.1]", test_job_id_again},
+    {"a finished job is not run again unless resumed [SYS-5.4.1]", test_job_id_again},
     {"pings in prefill and queue [M0-W-1310]", test_pings},
     {"cancel may overtake execute [SYS-5.4.2] [M0-W-1330]", test_cancel_before_execute},
     {"cancel in prefill takes effect within 100 ms [SYS-6.3.5]", test_cancel_in_prefill},
