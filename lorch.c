@@ -120,6 +120,7 @@
 #define LORCH_INLINE static inline __attribute__((always_inline, unused))
 
 #define LORCH_VERSION "0.1.0"
+#define LORCH_NUMERIC_VERSION 1 /* goes up whenever the same model, job and seed may give other tokens than before */
 
 enum { /* Limits. Each has its reason; the tests stand on both sides. */
     MAX_THREADS = 256,        /* more compute threads than any socket has cores */
@@ -1721,19 +1722,51 @@ static void gguf_close(gguf_file *g) {
     free(g);
 }
 
-/* Reads the file's pages into memory, in steps; between them fn is told the share that is done, and ends it
- * by returning nonzero. Pages that are in the page cache already cost next to nothing. */
+/* A fingerprint of bytes: four lanes of multiply and rotate over 32-byte stripes, for speed; it tells models
+ * apart and proves nothing against an adversary. Bytes come in portions of any multiple of 32, the last
+ * of any length. */
+typedef struct {
+    uint64_t lane[4], n;
+} gguf_hash;
+
+static void gguf_hash_add(gguf_hash *h, const unsigned char *p, size_t n) {
+    uint64_t w[4];
+    for (h->n += n; n; p += 32, n -= n < 32 ? n : 32) {
+        memset(w, 0, sizeof w);
+        memcpy(w, p, n < 32 ? n : 32);
+        for (int i = 0; i < 4; i++) {
+            uint64_t x = (h->lane[i] ^ w[i]) * 0x9e3779b97f4a7c15u;
+            h->lane[i] = x << 29 | x >> 35;
+        }
+    }
+}
+
+static uint64_t gguf_hash_end(const gguf_hash *h) {
+    uint64_t z = h->n;
+    for (int i = 0; i < 4; i++) z = (z ^ h->lane[i]) * 0xbf58476d1ce4e5b9u, z ^= z >> 32;
+    return z;
+}
+
+/* Are these pages of the file in the page cache? The kernel tells only whoever may write the file; others
+ * are told yes, so for them the answer is no. */
+static int gguf_is_cached(const gguf_file *g, uint64_t at, uint64_t n) {
+    unsigned char in[8192];
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    if (access(g->path, W_OK) || (n + page - 1) / page > sizeof in || mincore((void *)(uintptr_t)(g->map + at), (size_t)n, in)) return 0;
+    for (uint64_t i = 0; i < (n + page - 1) / page; i++)
+        if (!(in[i] & 1)) return 0;
+    return 1;
+}
+
+/* Brings the file's pages into the page cache, in steps; between them fn is told the share that is done, and
+ * ends it by returning nonzero. */
 static void gguf_read_ahead(const gguf_file *g, int (*fn)(void *user, double share), void *user) {
     const uint64_t step = (uint64_t)32 << 20, page = (uint64_t)sysconf(_SC_PAGESIZE);
     volatile unsigned char sink = 0;
     for (uint64_t at = 0; at < g->size; at += step) {
         uint64_t n = g->size - at < step ? g->size - at : step;
-        void *from = (void *)(uintptr_t)(g->map + at);
-#ifdef MADV_POPULATE_READ
-        if (madvise(from, (size_t)n, MADV_POPULATE_READ) != 0)
-#endif
-        {
-            madvise(from, (size_t)n, MADV_WILLNEED);
+        if (!gguf_is_cached(g, at, n)) {
+            madvise((void *)(uintptr_t)(g->map + at), (size_t)n, MADV_WILLNEED);
             for (uint64_t i = 0; i < n; i += page) sink ^= g->map[at + i];
         }
         if (fn(user, (double)(at + n) / (double)g->size)) return;
@@ -5106,6 +5139,8 @@ typedef struct {
     int n_batch;
     int calibrating, never_calibrate; /* the engine thread's */
     const char *threads_because; /* what decided their number */
+    char fingerprint[17];     /* of the model file: set before has_fingerprint */
+    int has_fingerprint;      /* atomic */
     int64_t progress_ms;      /* atomic: when the engine last made progress, on the monotonic clock */
 } engine;
 
@@ -6010,6 +6045,30 @@ static uint64_t engine_private_bytes(const engine *e) { /* beside the KV pool */
 }
 static uint64_t engine_kv_bytes(const engine *e) { return e->kv.layout.block_bytes * (uint64_t)e->kv.n_blocks; }
 
+/* Hashes the model file while no job runs (jobs need the memory's bandwidth). Any one thread; *stop ends it. */
+static void engine_fingerprint(engine *e, const int *stop) {
+    enum { PORTION = 1 << 20 };
+    const gguf_file *g = e->m->file;
+    gguf_hash h = {{1, 2, 3, 4}, 0};
+    for (uint64_t at = 0; at < g->size; at += PORTION) {
+        for (;;) {
+            pthread_mutex_lock(&e->lock);
+            int busy = e->stats.live > 0 || e->calibrating;
+            pthread_mutex_unlock(&e->lock);
+            if (__atomic_load_n(stop, __ATOMIC_ACQUIRE)) return;
+            if (!busy) break;
+            poll(NULL, 0, 20);
+        }
+        gguf_hash_add(&h, g->map + at, (size_t)(g->size - at < PORTION ? g->size - at : PORTION));
+    }
+    snprintf(e->fingerprint, sizeof e->fingerprint, "%016llx", (unsigned long long)gguf_hash_end(&h));
+    __atomic_store_n(&e->has_fingerprint, 1, __ATOMIC_RELEASE);
+}
+
+static const char *engine_fingerprint_of(const engine *e) { /* NULL: not known yet */
+    return __atomic_load_n(&e->has_fingerprint, __ATOMIC_ACQUIRE) ? e->fingerprint : NULL;
+}
+
 static engine_stats engine_snapshot(engine *e) {
     pthread_mutex_lock(&e->lock);
     engine_stats s = e->stats;
@@ -6666,6 +6725,13 @@ static void route_put_event(route_stream *st, const char *type, const buf *body)
     buf_puts(&st->out, "}\n\n");
 }
 
+static void route_put_fingerprint(buf *b, const engine *e) { /* what a resumed job's next worker must have in common */
+    const char *f = engine_fingerprint_of(e);
+    if (f) json_kv_cstr(b, "fingerprint", f);
+    else json_put_key(b, "fingerprint"), buf_puts(b, "null");
+    json_kv_int(b, "numeric_version", LORCH_NUMERIC_VERSION);
+}
+
 static void route_format_started(const engine_job *j, const engine *e, buf *b) {
     char at[32];
     sys_timestamp(at, 0);
@@ -6675,7 +6741,7 @@ static void route_format_started(const engine_job *j, const engine *e, buf *b) {
     json_kv_u64(b, "seed", j->sample.seed);
     json_kv_int(b, "prompt_tokens", j->n_prompt);
     json_kv_int(b, "cached_tokens", j->n_cached);
-    json_put_key(b, "fingerprint"), buf_puts(b, "null");
+    route_put_fingerprint(b, e);
     json_kv_cstr(b, "correlation_id", j->correlation);
 }
 
@@ -7156,6 +7222,7 @@ static void route_health_model(const route_server *s, buf *b) {
     json_kv_int(b, "context_length", e->n_ctx);
     json_kv_cstr(b, "simd", e->k->name);
     json_kv_int(b, "threads", e->threads.n_threads);
+    route_put_fingerprint(b, e);
 }
 
 static void route_health(route_server *s, http_conn *c) {
@@ -8180,6 +8247,7 @@ static void *cli_starter(void *arg) {
     log_note(LOG_INFO, "ready", "\"port\":%d,\"ready_ms\":%.0f", w->info.port, (sys_now() - w->server.t_start) * 1000);
     w->info.memory_bytes = e->m->weight_bytes + engine_kv_bytes(e) + engine_private_bytes(e);
     if (w->has_callback && callback_run(&w->url, &w->info, &w->stop) == 0) cli_end_server(w, 3);
+    else engine_fingerprint(e, &w->stop);
     return NULL;
 }
 
