@@ -5105,7 +5105,8 @@ typedef struct { /* a copy of what /health and /metrics show */
     int running, queued, live;
     uint64_t outcome[OUTCOMES], tokens_in, tokens_out, deadline_refused, cached_tokens, drafted, accepted;
     engine_hist duration, first_token, token, cancel, queue_wait; /* seconds; duration's bounds are in ms / 10 */
-    double prefill_rate, decode_rate; /* tokens per second; 0: not measured yet */
+    double prefill_rate, decode_rate; /* tokens per second, of one job; 0: not measured yet */
+    double step[MAX_PARALLEL + 1];    /* seconds of a decode step of so many jobs; 0: not measured yet */
     double kv_used;           /* share of the pool that jobs have reserved */
     int kv_idle_tokens;       /* of finished prompts and outputs that are kept for new jobs */
 } engine_stats;
@@ -5266,18 +5267,77 @@ static const engine_error *engine_must_end(const engine *e, engine_job *j, const
 
 /* ---- intake: what happens before the engine sees a job (intake thread) ---- */
 
-/* Seconds until a new job may run, and its own time, from the measured rates; -1 while there are none. */
-static double engine_estimate(const engine *e, int n_prompt, int max_tokens) { /* under lock */
-    const engine_stats *s = &e->stats;
-    if (s->prefill_rate <= 0 || s->decode_rate <= 0) return -1;
-    double own = n_prompt / s->prefill_rate + max_tokens / s->decode_rate, ahead = 0, soonest = 1e18;
-    for (int i = 0; i < e->options.n_parallel; i++) {
-        const engine_job *j = e->running[i];
-        double left = !j ? 0 : (j->n_prompt + j->n_out - j->n_computed) / s->prefill_rate + (j->max_tokens - j->n_out) / s->decode_rate;
-        if (left < soonest) soonest = left;
+/* How many prompt tokens to compute at once: so that a layer takes at most 20 ms (then a cancel is seen in
+ * time), and the whole chunk at most 100 ms while other jobs wait for their next token. */
+static int engine_chunk(const engine *e, int others) {
+    int n = e->options.chunk, guess = 32;
+    if (e->stats.prefill_rate > 0) {
+        double per_layer = e->stats.prefill_rate * 0.020 * e->m->n_layer, whole = e->stats.prefill_rate * 0.100;
+        guess = (int)(others && whole < per_layer ? whole : per_layer < 1e6 ? per_layer : 1e6);
     }
-    for (const engine_job *j = e->queue_first; j; j = j->next_queued) ahead += j->n_prompt / s->prefill_rate + j->max_tokens / s->decode_rate;
-    return soonest + ahead / e->options.n_parallel + own;
+    if (guess < n) n = guess;
+    return n > 8 ? n : 8 < e->options.chunk ? 8 : e->options.chunk;
+}
+
+/* Seconds of a decode step of n jobs: measured, or from the nearest smaller batch and what a row more costs. */
+static double engine_step_seconds(const engine_stats *s, int n) {
+    for (int m = n; m >= 1; m--)
+        if (s->step[m] > 0) return s->step[m] + (n - m) / s->prefill_rate;
+    return s->decode_rate > 0 ? 1 / s->decode_rate + (n - 1) / s->prefill_rate : 0;
+}
+
+typedef struct { /* what a job in a slot still needs, in tokens */
+    double prefill, decode;
+} engine_load;
+
+/* The time that passes until one of the slots' jobs changes its state, given how the engine shares itself out:
+ * in each round one chunk for one of those in prefill, then one step for all that decode. */
+static double engine_advance(const engine *e, engine_load *load, int n) {
+    int prefills = 0, decodes = 0;
+    double rounds = 1e18;
+    for (int i = 0; i < n; i++) prefills += load[i].prefill > 0, decodes += load[i].prefill <= 0 && load[i].decode > 0;
+    double chunk = engine_chunk(e, decodes), per_round = prefills ? chunk / e->stats.prefill_rate : 0;
+    if (decodes) per_round += engine_step_seconds(&e->stats, decodes);
+    for (int i = 0; i < n; i++) {
+        double need = load[i].prefill > 0 ? load[i].prefill * prefills / chunk : load[i].decode > 0 ? load[i].decode : 1e18;
+        if (need < rounds) rounds = need;
+    }
+    if (rounds > 1e17) return 0;
+    for (int i = 0; i < n; i++) {
+        if (load[i].prefill > 0) load[i].prefill -= rounds * chunk / prefills;
+        else if (load[i].decode > 0) load[i].decode -= rounds;
+        if (load[i].prefill < 1e-6) load[i].prefill = 0;
+        if (load[i].decode < 1e-6) load[i].decode = 0;
+    }
+    return rounds * per_round;
+}
+
+/* Seconds until a job that comes now will have ended, by playing the engine's schedule forward from the measured
+ * rates; *wait: until it gets its slot. -1 while there are no rates. KV space is assumed to be there. */
+static double engine_estimate(const engine *e, int n_prompt, int max_tokens, double *wait) { /* under lock */
+    engine_load load[MAX_PARALLEL];
+    const engine_job *queued = e->queue_first;
+    int n = e->options.n_parallel, mine = -1, placed = 0;
+    double now = 0;
+    *wait = 0;
+    if (e->stats.prefill_rate <= 0 || e->stats.decode_rate <= 0) return -1;
+    for (int i = 0; i < n; i++) {
+        const engine_job *j = e->running[i];
+        load[i].prefill = j && j->state == JOB_PREFILL ? j->n_prompt - j->n_computed : 0;
+        load[i].decode = j ? j->max_tokens - j->n_out : 0;
+    }
+    for (;;) {
+        for (int i = 0; i < n && !placed; i++) {
+            if (load[i].prefill > 0 || load[i].decode > 0) continue;
+            placed = !queued;
+            load[i].prefill = queued ? queued->n_prompt : n_prompt + 1e-3;
+            load[i].decode = queued ? queued->max_tokens : max_tokens;
+            if (!queued) mine = i, *wait = now;
+            else queued = queued->next_queued;
+        }
+        if (placed && load[mine].prefill <= 0 && load[mine].decode <= 0) return now;
+        now += engine_advance(e, load, n);
+    }
 }
 
 static void engine_field_error(engine_job *j, const char *field, const char *constraint, const char *message, str value) {
@@ -5369,7 +5429,7 @@ static int engine_check(engine *e, engine_job *j) { /* refuses what cannot be ru
     engine_peek_cache(e, j);
     if (!j->deadline_unix_ms) return 1;
     pthread_mutex_lock(&e->lock);
-    double estimate = engine_estimate(e, j->n_prompt - j->n_cached, j->max_tokens);
+    double wait, estimate = engine_estimate(e, j->n_prompt - j->n_cached, j->max_tokens, &wait);
     int64_t left = j->deadline_unix_ms - sys_unix_ms();
     int refuse = left <= 0 || (estimate >= 0 && estimate * 1000 > (double)left);
     e->stats.deadline_refused += (uint64_t)refuse;
@@ -5691,18 +5751,6 @@ static void engine_sweep_running(engine *e) {
     engine_between_layers(e);
 }
 
-/* How many prompt tokens to compute at once: so that a layer takes at most 20 ms (then a cancel is seen in
- * time), and the whole chunk at most 100 ms while other jobs wait for their next token. */
-static int engine_chunk(const engine *e, int others) {
-    int n = e->options.chunk, guess = 32;
-    if (e->stats.prefill_rate > 0) {
-        double per_layer = e->stats.prefill_rate * 0.020 * e->m->n_layer, whole = e->stats.prefill_rate * 0.100;
-        guess = (int)(others && whole < per_layer ? whole : per_layer < 1e6 ? per_layer : 1e6);
-    }
-    if (guess < n) n = guess;
-    return n > 8 ? n : 8 < e->options.chunk ? 8 : e->options.chunk;
-}
-
 static void engine_set_rate(engine *e, double *rate, double value) { /* a moving average */
     pthread_mutex_lock(&e->lock);
     *rate = *rate > 0 ? *rate * 0.8 + value * 0.2 : value;
@@ -5829,7 +5877,7 @@ static void engine_decode(engine *e) {
     model_batch b = {n, id, pos, blocks, want, engine_between_layers, e};
     double from = sys_now();
     if (!engine_forward(e, &b, rows)) return;
-    if (n == jobs) engine_set_rate(e, &e->stats.decode_rate, 1 / (sys_now() - from));
+    if (n == jobs) engine_set_rate(e, &e->stats.step[n], sys_now() - from), engine_set_rate(e, &e->stats.decode_rate, 1 / engine_step_seconds(&e->stats, 1));
     for (int i = 0; i < jobs; i++)
         engine_take_step(e, e->batch_job[i], id + first[i] + 1, first[i + 1] - first[i] - 1, e->run.logits + (size_t)first[i] * (size_t)e->m->n_vocab);
     e->n_batch = 0;
@@ -5883,7 +5931,7 @@ static void engine_calibrate(engine *e) {
     pthread_mutex_lock(&e->lock);
     kv_release(&e->kv, &seq);
     if (ok && e->stats.prefill_rate <= 0) e->stats.prefill_rate = n / prefill;
-    if (ok && e->stats.decode_rate <= 0) e->stats.decode_rate = STEPS / (sys_now() - from);
+    if (ok && e->stats.decode_rate <= 0) e->stats.decode_rate = STEPS / (sys_now() - from), e->stats.step[1] = 1 / e->stats.decode_rate;
     pthread_mutex_unlock(&e->lock);
 }
 
@@ -6879,7 +6927,8 @@ static void route_refuse(route_server *s, http_conn *c, const engine_error *why,
     char extra[64] = "";
     if (why == &ERR_BUSY) {
         pthread_mutex_lock(&s->e->lock);
-        double wait = engine_estimate(s->e, 0, 0);
+        double wait;
+        engine_estimate(s->e, 0, 0, &wait);
         pthread_mutex_unlock(&s->e->lock);
         snprintf(extra, sizeof extra, "Retry-After: %d\r\n", wait < 1 ? 1 : wait > 3600 ? 3600 : (int)(wait + 0.999));
     } else if (why == &ERR_NOT_READY) snprintf(extra, sizeof extra, "Retry-After: 1\r\n");
@@ -7192,11 +7241,16 @@ static const char *route_why_unhealthy(const route_server *s, const engine_stats
 }
 
 static void route_health_jobs(const route_server *s, const engine_stats *stats, buf *b) {
+    double wait;
+    pthread_mutex_lock(&s->e->lock);
+    int known = engine_estimate(s->e, 0, 0, &wait) >= 0;
+    pthread_mutex_unlock(&s->e->lock);
     json_put_key(b, "jobs"), buf_putc(b, '{');
     json_kv_int(b, "running", stats->running);
     json_kv_int(b, "queued", stats->live - stats->running);
     json_kv_int(b, "parallel", s->e->options.n_parallel);
     json_kv_int(b, "queue", s->e->options.n_queue);
+    json_kv_num(b, "predicted_wait_ms", known ? wait * 1000 : (double)NAN, 0);
     buf_putc(b, '}');
     json_put_key(b, "cache"), buf_putc(b, '{');
     json_kv_int(b, "idle_tokens", stats->kv_idle_tokens);

@@ -1,0 +1,57 @@
+# lorch: `make run` builds it and serves a small model, `make test` runs the tests, `make help` lists the rest.
+CC ?= cc
+CFLAGS ?= -O3 -g
+PREFIX ?= /usr/local
+PORT ?= 8080
+MODEL ?= tests/models/lorch-tiny-q8_0.gguf
+
+# The project's own flags come last, so that CFLAGS from outside replaces only the optimisation.
+FLAGS = $(CFLAGS) -std=c99 -Wall -Wextra
+SANITIZE = -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all
+
+lorch: lorch.c lorch.h
+	$(CC) $(FLAGS) $(CPPFLAGS) lorch.c -o $@ $(LDFLAGS) -lpthread -lm
+
+run: lorch
+	@echo 'The worker starts below. In another terminal, stream a story from it:'
+	@echo
+	@echo "  curl -N http://127.0.0.1:$(PORT)/execute -H 'Content-Type: application/json' \\"
+	@echo "    -d '{\"job_id\":\"story\",\"prompt\":\"Once upon a time\",\"max_tokens\":200,\"temperature\":0.7}'"
+	@echo
+	@echo 'Ctrl-C ends it. Should port $(PORT) be in use: make run PORT=8081'
+	@echo
+	@exec ./lorch --model $(MODEL) --port $(PORT)
+
+test:
+	./test.sh
+
+bench: lorch
+	tests/bench.sh
+
+debug: build
+	$(CC) -O0 -g -DLORCH_DEBUG -std=c99 -Wall -Wextra lorch.c -o build/lorch-debug -lpthread -lm
+
+asan: build
+	$(CC) -O1 -g $(SANITIZE) -std=c99 lorch.c -o build/lorch-asan -lpthread -lm
+
+build:
+	mkdir -p build
+
+install: lorch
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 lorch $(DESTDIR)$(PREFIX)/bin/lorch
+
+clean:
+	rm -rf lorch build
+
+help:
+	@echo 'make            build ./lorch (CC, CFLAGS)'
+	@echo 'make run        build, and serve a small model on port 8080 (MODEL, PORT)'
+	@echo 'make test       run all tests: ./test.sh'
+	@echo 'make bench      measure speed, beside llama.cpp where it is at hand: tests/bench.sh'
+	@echo 'make debug      build/lorch-debug: without optimisation'
+	@echo 'make asan       build/lorch-asan: with address and undefined-behaviour sanitizers'
+	@echo 'make install    into PREFIX, /usr/local by default, below DESTDIR'
+	@echo 'make clean      remove what was built'
+
+.PHONY: run test bench debug asan install clean help
