@@ -10,6 +10,7 @@
 #include "../lorch.h"
 
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,12 +18,21 @@
 
 static const char model_path[] = "tests/models/lorch-tiny-q8_0.gguf", story[] = "Once upon a time";
 static int bad, details;
+static char notes[8192]; /* printed below the test's line */
+
+static void note(const char *fmt, ...) {
+    va_list ap;
+    size_t len = strlen(notes);
+    va_start(ap, fmt);
+    vsnprintf(notes + len, sizeof notes - len, fmt, ap);
+    va_end(ap);
+}
 
 #define CHECK(expr, ...) \
     do { \
         if (!(expr)) { \
             bad = 1; \
-            if (details++ < 8) printf("# embed.c:%d: %s: ", __LINE__, #expr), printf(__VA_ARGS__), putchar('\n'); \
+            if (details++ < 8) note("# embed.c:%d: %s: ", __LINE__, #expr), note(__VA_ARGS__), note("\n"); \
         } \
     } while (0)
 
@@ -139,7 +149,7 @@ static void test_generate(void) {
     CHECK(!a.wrong && a.n == st.tokens_out && (r == LORCH_EOS || a.n == 40), "%d tokens, %d counted", a.n, st.tokens_out);
     CHECK(st.prompt_tokens > 2 && st.stop_matched == -1 && st.prefill_seconds > 0 && st.decode_seconds > 0, "%d prompt tokens", st.prompt_tokens);
     CHECK(strlen(a.text) > 40, "the text: %s", a.text);
-    printf("# %s%s\n", story, a.text);
+    note("# %s%s\n", story, a.text);
     generate(&p, NULL, story, &b, NULL, error);
     CHECK(!strcmp(a.text, b.text), "greedy text differs: %s", b.text);
     p = params(40, 1, 1);
@@ -362,10 +372,10 @@ int main(int argc, char **argv) {
         int wanted = argc < 2;
         for (int k = 1; k < argc; k++) wanted |= strstr(tests[i].name, argv[k]) != NULL;
         if (!wanted) continue;
-        bad = details = 0;
+        bad = details = 0, notes[0] = 0;
         tests[i].run();
         run++, failed += bad;
-        printf("%s - embed: %s\n", bad ? "not ok" : "ok", tests[i].name);
+        printf("%s - %s\n%s", bad ? "not ok" : "ok", tests[i].name, notes);
         fflush(stdout);
     }
     return failed || !run;

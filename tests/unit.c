@@ -16,17 +16,30 @@
 static struct {
     int bad, details, failed, run;
     const char *skip;
+    char text[4096]; /* details: printed below the test's line */
+    size_t len;
 } unit;
+
+__attribute__((format(printf, 1, 2))) static void unit_note(const char *fmt, ...) {
+    va_list ap;
+    size_t room = sizeof unit.text - unit.len;
+    va_start(ap, fmt);
+    int n = vsnprintf(unit.text + unit.len, room, fmt, ap);
+    va_end(ap);
+    if (n > 0) unit.len += (size_t)n < room ? (size_t)n : room - 1;
+}
 
 __attribute__((format(printf, 3, 4))) static void unit_fail(int line, const char *expr, const char *fmt, ...) {
     va_list ap;
     unit.bad = 1;
     if (unit.details++ >= 8) return; /* the first symptoms are enough */
-    printf("# unit.c:%d: %s: ", line, expr);
+    char what[400];
     va_start(ap, fmt);
-    vprintf(fmt, ap);
+    vsnprintf(what, sizeof what, fmt, ap);
     va_end(ap);
-    putchar('\n');
+    unit_note("# unit.c:%d: %s: ", line, expr);
+    for (char *p = what; *p; p++) unit_note("%c", (unsigned char)*p < ' ' ? '.' : *p); /* one line, whatever it shows */
+    unit_note("\n");
 }
 
 #define CHECK(expr, ...) ((expr) ? (void)0 : unit_fail(__LINE__, #expr, __VA_ARGS__))
@@ -575,7 +588,7 @@ static void test_kernel_vectors(void) {
     int ran = 0;
     for (int level = 0; level < MAT_LEVELS; level++)
         if (mat_level_runs(level)) CHECK(mat_selftest_vectors(level, err, sizeof err), "%s", err), ran++;
-    printf("# %d of %d levels run here\n", ran, MAT_LEVELS);
+    unit_note("# %d of %d levels run here\n", ran, MAT_LEVELS);
 }
 
 /* More shapes than the self-test has: 1..9 tokens and row counts around the tiles, at random. */
@@ -641,7 +654,7 @@ static void test_kernel_choice(void) {
     unsetenv("LORCH_SIMD");
     k = mat_choose(err, sizeof err);
     CHECK(k, "%s", err);
-    printf("# the level in use here is %s\n", k ? k->name : "none");
+    unit_note("# the level in use here is %s\n", k ? k->name : "none");
 }
 
 /* ==== Thread pool ============================================================================ */
@@ -843,7 +856,7 @@ static void test_sample_filter(void) {
         if (round / 2 % 2) p.top_p = round % 20 == 2 ? 0 : (float)(0.001 + rng_below(&r, 999) * 0.001);
         if (round / 4 % 2) p.min_p = (float)rng_below(&r, 1001) * 0.001f;
         for (int i = 0; i < n; i++) s.weight[i] = expf(logits[i] - best);
-        if (grid && p.top_p < 1 && p.top_p > 0) p.top_p += 0.00037f; /* keep away from sums that hit it exactly */
+        if (grid && p.top_p < 1 && p.top_p > 0) p.top_p += 0.00037f; /* away from sums that hit it exactly */
         sample_filter(&s, logits, &p);
         naive_filter(logits, s.weight, n, &p, want);
         CHECK(memcmp(s.kept, want, (size_t)n) == 0, "round %d: n %d, top_k %d, top_p %g, min_p %g", round, n, p.top_k, (double)p.top_p, (double)p.min_p);
@@ -1191,7 +1204,7 @@ int main(int argc, char **argv) {
         int wanted = argc < 2;
         for (int k = 1; k < argc; k++) wanted |= strstr(tests[i].name, argv[k]) != NULL;
         if (!wanted) continue;
-        unit.bad = unit.details = 0, unit.skip = NULL;
+        unit.bad = unit.details = 0, unit.skip = NULL, unit.len = 0, unit.text[0] = 0;
         alarm(300);
         double start = sys_now();
         tests[i].run();
@@ -1199,8 +1212,8 @@ int main(int argc, char **argv) {
         printf("%s - %s", unit.bad ? "not ok" : "ok", tests[i].name);
         if (unit.skip) printf(" # SKIP %s", unit.skip);
         else if (getenv("LORCH_TEST_TIMES")) printf(" # %.0f ms", (sys_now() - start) * 1000);
-        if (unit.details > 8) printf("\n# and %d more", unit.details - 8);
-        putchar('\n');
+        printf("\n%s", unit.text);
+        if (unit.details > 8) printf("# and %d more\n", unit.details - 8);
         fflush(stdout);
     }
     return unit.failed || !unit.run;
