@@ -301,7 +301,7 @@ static int sys_affinity_count(cpu_set_t *set) {
     CPU_ZERO(set);
     if (sched_getaffinity(0, sizeof *set, set) == 0 && CPU_COUNT(set) > 0) return CPU_COUNT(set);
     long n = sysconf(_SC_NPROCESSORS_ONLN);
-    for (long i = 0; i < n && i < CPU_SETSIZE; i++) CPU_SET((int)i, set);
+    for (long i = 0; i < n && i < CPU_SETSIZE; i++) CPU_SET((size_t)i, set);
     return n > 0 ? (int)n : 1;
 }
 
@@ -310,7 +310,7 @@ static int sys_physical_cores(const cpu_set_t *set) {
     int cores = 0;
     for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
         char path[96], text[256];
-        if (!CPU_ISSET(cpu, set)) continue;
+        if (!CPU_ISSET((size_t)cpu, set)) continue;
         snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
         int first = cpu;
         if (sys_read_file(path, text, sizeof text) > 0) {
@@ -318,7 +318,7 @@ static int sys_physical_cores(const cpu_set_t *set) {
                 long from = strtol(p, &p, 10), to = from;
                 if (*p == '-') to = strtol(p + 1, &p, 10);
                 for (long c = from; c <= to && c < CPU_SETSIZE; c++)
-                    if (CPU_ISSET((int)c, set) && c < first) first = (int)c;
+                    if (CPU_ISSET((size_t)c, set) && c < first) first = (int)c;
                 if (*p == ',') p++;
             }
         }
@@ -443,7 +443,7 @@ typedef struct {
 } buf;
 
 static int buf_reserve(buf *b, size_t more) {
-    if (b->failed || more > (size_t)1 << 40) return b->failed = 1, 0;
+    if (b->failed || more > SIZE_MAX / 4) return b->failed = 1, 0;
     if (b->cap - b->len >= more) return 1;
     size_t cap = b->cap ? b->cap * 2 : 256;
     while (cap < b->len + more) cap *= 2;
@@ -1592,7 +1592,8 @@ static uint64_t gguf_tensor_bytes(gguf_file *g, const gguf_tensor *t, const char
         if (t->dim[i] == 0 || t->dim[i] > g->size * 32) /* no format packs more than 8 weights into a byte */
             return gguf_fail(g, "tensor \"%s\" has dimension %d of %llu, which cannot fit in the file", shown, i, (unsigned long long)t->dim[i]), (uint64_t)0;
     if (t->dim[0] % f->block)
-        return gguf_fail(g, "tensor \"%s\" is %s, whose rows must be multiples of %d, but a row has %llu", shown, f->name, f->block, (unsigned long long)t->dim[0]), (uint64_t)0;
+        return gguf_fail(g, "tensor \"%s\" is %s, whose rows must be multiples of %d, but a row has %llu", shown, f->name, f->block,
+                         (unsigned long long)t->dim[0]), (uint64_t)0;
     uint64_t row = t->dim[0] / f->block * f->bytes;
     for (int i = 1; i < 4; i++) {
         if (t->dim[i] > g->size / row / rows) return gguf_fail(g, "tensor \"%s\" is larger than the file", shown), (uint64_t)0;
@@ -1688,6 +1689,7 @@ static void gguf_place_tensors(gguf_file *g) {
         else if (t->offset > room || t->bytes > room - t->offset)
             gguf_fail(g, "tensor \"%s\" (%llu bytes at offset %llu) goes beyond the end of the file: is it cut short?", shown,
                       (unsigned long long)t->bytes, (unsigned long long)(g->data_start + t->offset));
+        if (g->failed) break;
         expect = t->offset + (t->bytes + g->alignment - 1) / g->alignment * g->alignment;
         t->data = g->map + g->data_start + t->offset;
     }
@@ -1821,6 +1823,7 @@ static gguf_file *gguf_open(const char *path, char *err, size_t err_cap) {
 enum {
     MAT_ROWS = 64,     /* most rows of one call of multiply: their tiles fill half of a level-1 cache */
     MAT_SLICE = 128,   /* columns of float weights that are turned at a time */
+    MAT_FEW = 16,      /* tokens that the weights' way from memory outlasts */
     ATTN_QUERIES = 32  /* queries (tokens x heads) that share each KV block that attention loads */
 };
 
@@ -1879,7 +1882,8 @@ static size_t mat_attention_scratch(int n_head, int n_head_kv, int head_dim) { /
 
 typedef struct {
     const char *name;
-    void (*multiply)(const mat_product *p, int64_t row, int rows, void *scratch); /* at most MAT_ROWS rows, from row on */
+    /* At most MAT_ROWS rows, from row on. `ahead`: the weights that this thread will want next, or NULL. */
+    void (*multiply)(const mat_product *p, int64_t row, int rows, const char *ahead, void *scratch);
     void (*quantise)(mat_act *a, unsigned kinds, int t);           /* token t, for the kinds in the bit set */
     void (*rms_norm)(float *out, const float *x, const float *w, int n, float eps);
     void (*rope)(float *x, const float *cos_sin, int n_rot, int pairs_apart);
@@ -1905,7 +1909,7 @@ typedef struct {
 #define LORCH_TARGET_END _Pragma("GCC pop_options")
 #define LORCH_UNROLL _Pragma("GCC unroll 8")
 #endif
-#if defined __x86_64__ || defined __i386__
+#ifdef __x86_64__
 #include <immintrin.h>
 #elif defined __aarch64__
 #include <arm_neon.h>
@@ -1924,7 +1928,7 @@ typedef struct {
 #include "lorch.c"
 #undef LORCH_LEVEL
 
-#if defined __x86_64__ || defined __i386__
+#ifdef __x86_64__
 #define LORCH_LEVEL avx2
 #define LANES 8
 #define MAT_DOT MAT_MADD
@@ -1940,9 +1944,7 @@ LORCH_TARGET("avx2,fma,f16c,avxvnni")
 #include "lorch.c"
 LORCH_TARGET_END
 #undef LORCH_LEVEL
-#endif
 
-#ifdef __x86_64__
 #ifdef __clang__
 #define LORCH_AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"
 #else
@@ -1975,7 +1977,11 @@ LORCH_TARGET_END
 #define LORCH_LEVEL neondot
 #define LANES 4
 #define MAT_DOT MAT_SDOT
+#ifdef __clang__
+LORCH_TARGET("dotprod")
+#else
 LORCH_TARGET("arch=armv8.2-a+dotprod")
+#endif
 #include "lorch.c"
 LORCH_TARGET_END
 #undef LORCH_LEVEL
@@ -1984,11 +1990,8 @@ LORCH_TARGET_END
 /* The levels that this build has, slowest first, and whether this CPU and its system can run them. */
 static const mat_kernels *const mat_levels[] = {
     &mat_table_scalar,
-#if defined __x86_64__ || defined __i386__
-    &mat_table_avx2, &mat_table_avxvnni,
-#endif
 #ifdef __x86_64__
-    &mat_table_avx512, &mat_table_avx512vnni,
+    &mat_table_avx2, &mat_table_avxvnni, &mat_table_avx512, &mat_table_avx512vnni,
 #endif
 #ifdef __aarch64__
     &mat_table_neon, &mat_table_neondot,
@@ -1996,7 +1999,7 @@ static const mat_kernels *const mat_levels[] = {
 };
 enum { MAT_LEVELS = sizeof mat_levels / sizeof *mat_levels };
 
-#if defined __x86_64__ || defined __i386__
+#ifdef __x86_64__
 #include <cpuid.h>
 static int mat_level_runs(int level) {
     unsigned a, b, c, d, e, f, low = 0, high, vnni256;
@@ -2052,7 +2055,7 @@ static void mat_draw_rows(mat_random *r, const quant_format *f, char *rows, size
     for (size_t i = 0; i < blocks; i++) {
         int good = 0;
         while (!good) {
-            for (int j = 0; j < f->bytes; j++) rows[i * f->bytes + j] = (char)mat_draw(r);
+            for (int j = 0; j < f->bytes; j++) rows[i * f->bytes + (size_t)j] = (char)mat_draw(r);
             quant_dequantise(f, rows + i * f->bytes, value, f->block);
             good = 1;
             for (int j = 0; j < f->block; j++) good &= value[j] < 65536.0f && value[j] > -65536.0f;
@@ -2085,7 +2088,7 @@ static int mat_selftest_product(const mat_kernels *k, const quant_format *f, int
         mat_draw_rows(&r, f, w, (size_t)(rows * n / f->block));
         mat_draw_floats(&r, x, (size_t)(n * n_tok));
         for (int t = 0; t < n_tok; t++) k->quantise(&a, 1u << f->kind, t);
-        for (int64_t row = 0; row < rows; row += MAT_ROWS) k->multiply(&p, row, rows - row < MAT_ROWS ? (int)(rows - row) : MAT_ROWS, scratch);
+        for (int64_t row = 0; row < rows; row += MAT_ROWS) k->multiply(&p, row, rows - row < MAT_ROWS ? (int)(rows - row) : MAT_ROWS, NULL, scratch);
         for (int64_t i = 0; i < rows * n_tok; i++)
             wrong += num_bits(out[i]) != num_bits(quant_dot(f, w + (size_t)(i % rows) * row_bytes, x + i / rows * n, n));
         if (wrong) sys_fail(err, cap, "%s, %s: %d of %d products of length %d differ from the naive loop (%d rows, %d tokens)", k->name, f->name,
@@ -2125,7 +2128,8 @@ static int mat_selftest_attend(const mat_kernels *k, int head_dim, int length, i
     for (int t = 0; ok && t < length; t++) {
         mat_draw_floats(&r, x, row);
         for (size_t h = 0; h < 2; h++)
-            k->store(cache + (block[t / KV_BLOCK] * 2 + h) * head_bytes, x + (size_t)head_dim * h, x + (size_t)head_dim * (2 + h), t % KV_BLOCK, head_dim, is_f16);
+            k->store(cache + (block[t / KV_BLOCK] * 2 + h) * head_bytes, x + (size_t)head_dim * h, x + (size_t)head_dim * (2 + h),
+                     t % KV_BLOCK, head_dim, is_f16);
     }
     for (int t = 0; ok && t < n_tok; t++) {
         pos[t] = length - n_tok + t, blocks[t] = block;
@@ -2154,7 +2158,8 @@ static void mat_selftest_vectors_of(const mat_kernels *k, int n, float *out) {
 }
 
 static int mat_selftest_vectors(int level, char *err, size_t cap) {
-    static const int lengths[] = {4, 7, 16, 61, 64, 96, 333}, dims[][4] = {{64, 1, 1, 1}, {64, 70, 70, 1}, {80, 200, 33, 1}, {128, 129, 5, 0}, {33, 65, 40, 1}};
+    static const int lengths[] = {4, 7, 16, 61, 64, 96, 333};
+    static const int dims[][4] = {{64, 1, 1, 1}, {64, 70, 70, 1}, {80, 200, 33, 1}, {128, 129, 5, 0}, {33, 65, 40, 1}}; /* head, positions, tokens, F16 */
     float *want = sys_zalloc(2, 70000 * sizeof(float)), *got = want + 70000;
     if (!want) return sys_fail(err, cap, "out of memory");
     for (int i = 0; i < 7; i++) {
@@ -2167,7 +2172,8 @@ static int mat_selftest_vectors(int level, char *err, size_t cap) {
         if (!mat_selftest_attend(mat_levels[0], d[0], d[1], d[2], d[3], want) || !mat_selftest_attend(mat_levels[level], d[0], d[1], d[2], d[3], got))
             return free(want), sys_fail(err, cap, "out of memory");
         if (memcmp(want, got, (size_t)(6 * d[0] * d[2]) * sizeof(float)))
-            return free(want), sys_fail(err, cap, "%s: attention (head %d, %d positions) differs from the scalar level's", mat_levels[level]->name, d[0], d[1]);
+            return free(want), sys_fail(err, cap, "%s: attention (head %d, %d positions) differs from the scalar level's",
+                                        mat_levels[level]->name, d[0], d[1]);
     }
     free(want);
     return 1;
@@ -2209,14 +2215,18 @@ LORCH_INLINE F FN(f_max)(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)
 LORCH_INLINE F FN(f_min)(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
 LORCH_INLINE F FN(f_half)(const void *p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 LORCH_INLINE F FN(f_half_low)(V v) { return (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)v)); }
-LORCH_INLINE __m512i FN(v_gather)(const char *p, size_t s) { /* 16 bytes of every fourth row */
+LORCH_INLINE __m512i FN(v_gather)(const char *p, const char *q, const char *r, const char *t) {
     __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
-    v = _mm512_inserti32x4(v, _mm_loadu_si128((const void *)(p + 4 * s)), 1);
-    v = _mm512_inserti32x4(v, _mm_loadu_si128((const void *)(p + 8 * s)), 2);
-    return _mm512_inserti32x4(v, _mm_loadu_si128((const void *)(p + 12 * s)), 3);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const void *)q), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const void *)r), 2);
+    return _mm512_inserti32x4(v, _mm_loadu_si128((const void *)t), 3);
 }
 LORCH_INLINE FN(mat_four) FN(v_turn)(const char *p, size_t s) {
-    __m512i a = FN(v_gather)(p, s), b = FN(v_gather)(p + s, s), c = FN(v_gather)(p + 2 * s, s), d = FN(v_gather)(p + 3 * s, s);
+    const char *q = p + 4 * s, *u = p + 8 * s, *v = q + 8 * s;
+    size_t s3 = 3 * s;
+    __asm__("" : "+r"(p), "+r"(q), "+r"(u), "+r"(v), "+r"(s3)); /* else gcc keeps 16 pointers, on the stack */
+    __m512i a = FN(v_gather)(p, q, u, v), b = FN(v_gather)(p + s, q + s, u + s, v + s);
+    __m512i c = FN(v_gather)(p + 2 * s, q + 2 * s, u + 2 * s, v + 2 * s), d = FN(v_gather)(p + s3, q + s3, u + s3, v + s3);
     __m512i e = _mm512_unpacklo_epi32(a, b), f = _mm512_unpackhi_epi32(a, b), g = _mm512_unpacklo_epi32(c, d), h = _mm512_unpackhi_epi32(c, d);
     FN(mat_four) r = {(V)_mm512_unpacklo_epi64(e, g), (V)_mm512_unpackhi_epi64(e, g), (V)_mm512_unpacklo_epi64(f, h), (V)_mm512_unpackhi_epi64(f, h)};
     return r;
@@ -2273,7 +2283,8 @@ LORCH_INLINE F FN(f_min)(F a, F b) { return (F)vbslq_f32(vcltq_f32((float32x4_t)
 LORCH_INLINE F FN(f_half)(const void *p) { return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 LORCH_INLINE F FN(f_half_low)(V v) { return (F)vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32((uint32x4_t)v))); }
 LORCH_INLINE FN(mat_four) FN(v_turn)(const char *p, size_t s) {
-    int32x4_t a = (int32x4_t)FN(v_load)(p), b = (int32x4_t)FN(v_load)(p + s), c = (int32x4_t)FN(v_load)(p + 2 * s), d = (int32x4_t)FN(v_load)(p + 3 * s);
+    int32x4_t a = (int32x4_t)FN(v_load)(p), b = (int32x4_t)FN(v_load)(p + s);
+    int32x4_t c = (int32x4_t)FN(v_load)(p + 2 * s), d = (int32x4_t)FN(v_load)(p + 3 * s);
     int32x4_t e = vzip1q_s32(a, c), f = vzip2q_s32(a, c), g = vzip1q_s32(b, d), h = vzip2q_s32(b, d);
     FN(mat_four) r = {(V)vzip1q_s32(e, g), (V)vzip2q_s32(e, g), (V)vzip1q_s32(f, h), (V)vzip2q_s32(f, h)};
     return r;
@@ -2341,8 +2352,16 @@ LORCH_INLINE V FN(v_dot)(V sum, V w, V x) { /* bytes 0 and 2, then 1 and 3: a pr
  * MADD's chains are int16 pairs; wide codes, over 6 bits, do not fit there and go one by one. */
 #if MAT_PAIRED
 LORCH_INLINE V FN(v_start)(int32_t start, int shift) { return (V)((FN(mat_words))FN(v_all)(start) << shift); }
-LORCH_INLINE V FN(v_dot)(V chain, V w, V x) { return (V)((FN(mat_words))chain + (FN(mat_words))FN(v_madd)(w, x)); }
-LORCH_INLINE V FN(v_dot_wide)(V chain, V w, V x) { return FN(v_pairs)(chain, FN(v_madd_signed)(w, x), FN(v_all)(0x10001)); }
+LORCH_INLINE V FN(v_dot)(V chain, V w, V x) {
+    chain = (V)((FN(mat_words))chain + (FN(mat_words))FN(v_madd)(w, x));
+    KEEP(chain); /* else gcc turns the chain into a tree, which needs more registers than there are */
+    return chain;
+}
+LORCH_INLINE V FN(v_dot_wide)(V chain, V w, V x) {
+    chain = FN(v_pairs)(chain, FN(v_madd_signed)(w, x), FN(v_all)(0x10001));
+    if (LANES == 16) KEEP(chain); /* with AVX2 the tree is the faster one */
+    return chain;
+}
 LORCH_INLINE V FN(v_scaled)(V sum, V chain, V scale) { return FN(v_pairs)(sum, chain, scale); }
 LORCH_INLINE V FN(v_summed)(V sum, V chain) { return FN(v_pairs)(sum, chain, FN(v_all)(0x10001)); }
 LORCH_INLINE V FN(v_scale)(V s) { return (s & 0xffff) | s << 16; }
@@ -2497,7 +2516,7 @@ LORCH_INLINE void FN(mat_fill_q6_k)(FN(mat_tile) *o, const char *w, size_t strid
 
 LORCH_INLINE void FN(mat_fill_q8_0)(FN(mat_tile) *o, const char *w, size_t stride) {
     for (int i = 0; i < 16; i++) {
-        const char *b = w + i / 2 * sizeof(quant_q8_0);
+        const char *b = w + (size_t)(i / 2) * sizeof(quant_q8_0);
         FN(mat_four) t = FN(v_turn)(b + 2 + i % 2 * 16, stride);
         FN(mat_put)(o->q + 4 * i, FN(v_wide_codes)(t.a), FN(v_wide_codes)(t.b), FN(v_wide_codes)(t.c), FN(v_wide_codes)(t.d));
         if (i % 2) FN(f_store)(o->d[i / 2], FN(f_halves)(b, stride));
@@ -2618,19 +2637,33 @@ typedef struct { /* one slice of columns: all tokens meet all tiles */
     FN(mat_tile) *tile; /* [tiles], an even number */
     float *c;           /* [n_tok][MAT_ROWS] */
     const mat_x *x;     /* [n_tok] */
-    int tiles, n_tok, blocks, shift;
+    const char *ahead;  /* the rows' next blocks, which are fetched meanwhile: ahead_bytes of each, stride apart. Or NULL */
+    size_t stride;
+    int tiles, n_tok, blocks, shift, ahead_bytes;
 } FN(mat_pass);
+
+LORCH_INLINE void FN(mat_fetch)(const char *p, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
+/* While tokens from t on pass tiles i and i + 1: their share of the rows, for a burst would hold up the loads. */
+LORCH_INLINE void FN(mat_fetch_rows)(const FN(mat_pass) *p, int t, int tokens, int i) {
+    int rows = p->ahead ? p->tiles * LANES : 0, from = t * p->tiles + i * tokens, all = p->n_tok * p->tiles;
+    for (int r = rows * from / all; r < rows * (from + 2 * tokens) / all; r++) FN(mat_fetch)(p->ahead + (size_t)r * p->stride, p->ahead_bytes);
+}
 
 LORCH_INLINE void FN(mat_sweep)(const FN(mat_pass) *p, int is_super, int chain, int pairs, int wide) {
     FN(mat_shape) s = {chain, pairs, wide, p->shift};
 #define SWEEP(tokens) \
-    for (int i = 0; i < p->tiles; i += 2) \
+    for (int i = 0; i < p->tiles; i += 2) { \
+        FN(mat_fetch_rows)(p, t, tokens, i); \
         if (is_super) FN(mat_super)(tokens, s, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES); \
-        else FN(mat_block)(tokens, s, p->blocks, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES)
+        else FN(mat_block)(tokens, s, p->blocks, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES); \
+    }
     int t = 0;
-    for (; t + FN(MAT_TOKENS) <= p->n_tok; t += FN(MAT_TOKENS)) SWEEP(FN(MAT_TOKENS));
-    for (; t + 2 <= p->n_tok; t += 2) SWEEP(2);
-    for (; t < p->n_tok; t++) SWEEP(1);
+    for (; t + FN(MAT_TOKENS) <= p->n_tok; t += FN(MAT_TOKENS)) SWEEP(FN(MAT_TOKENS))
+    for (; t + 2 <= p->n_tok; t += 2) SWEEP(2)
+    for (; t < p->n_tok; t++) SWEEP(1)
 #undef SWEEP
 }
 
@@ -2652,7 +2685,8 @@ static __attribute__((noinline)) void FN(mat_sweep_k_wide)(const FN(mat_pass) *p
         const FN(mat_shape) s = {chain, pairs, wide, offset}; \
         o->shift = offset; \
         for (int i = 0; i < o->tiles; i++) \
-            FN(mat_fill)(o->tile + i, p, row + i * LANES, slice, s, quant_formats[QUANT_##T].bytes, quant_formats[QUANT_##T].block, quant_unpack_##type); \
+            FN(mat_fill)(o->tile + i, p, row + i * LANES, slice, s, quant_formats[QUANT_##T].bytes, quant_formats[QUANT_##T].block, \
+                         quant_unpack_##type); \
     } while (0)
 #define FILL_HOT(T, type, chain, pairs, wide, offset) \
     do { \
@@ -2691,30 +2725,36 @@ static void FN(mat_slice)(FN(mat_pass) *o, const mat_product *p, int64_t row, in
 /* ---- one token: the hot formats meet it in registers, LANES rows at once, over n / 256 superblocks ----
  * Each loop fetches ahead of itself: the slice of rows that follows, a superblock's share at a time. */
 
-LORCH_INLINE void FN(mat_fetch)(const char *p, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
-}
-
 #if LANES >= 8
 #define DOTS(chain, at, x0, x1, x2, x3) \
     chain = FN(v_dot)(chain, x0, FN(v_at)((at))), chain = FN(v_dot)(chain, x1, FN(v_at)((at) + 4)), \
     chain = FN(v_dot)(chain, x2, FN(v_at)((at) + 8)), chain = FN(v_dot)(chain, x3, FN(v_at)((at) + 12))
 
-static __attribute__((noinline)) F FN(mat_one_q4_k)(const char *w, size_t stride, const mat_x *x, int64_t superblocks) {
+/* Part i of `parts` of LANES blocks. All fetches at once would hold up the loads, and so the compiler (gcc
+ * moves them to the head of a loop) is told that each has to do with the sum that is passed through. */
+LORCH_INLINE V FN(mat_fetch_part)(V sum, const char *p, int block, int i, int parts) {
+    int lines = (LANES * block + 63) / 64, from = lines * i / parts, to = lines * (i + 1) / parts;
+    LORCH_UNROLL for (int n = from; n < to; n++) __asm__("prefetcht0 %1" : "+v"(sum) : "m"(p[64 * n]));
+    return sum;
+}
+
+static __attribute__((noinline)) F FN(mat_one_q4_k)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t superblocks) {
     F acc = {0};
     FN(mat_tile) head;
-    const char *next = w + LANES * stride;
-    for (int64_t b = 0; b < superblocks; b++, x++, w += sizeof(quant_q4_k)) {
+    for (int64_t b = 0; b < superblocks; b++, x++, w += sizeof(quant_q4_k), next += LANES * sizeof(quant_q4_k)) {
         FN(mat_head_k4)(&head, w, stride);
         V sum = {0};
         LORCH_UNROLL for (int c = 0; c < 4; c++) {
             FN(mat_four) t = FN(v_turn)(w + 16 + 32 * c, stride), u = FN(v_turn)(w + 32 + 32 * c, stride);
             V low = {0}, high = {0};
             const int8_t *q = x->q + 64 * c;
-            FN(mat_fetch)(next, LANES * (int)sizeof(quant_q4_k) / 4), next += LANES * sizeof(quant_q4_k) / 4;
+            low = FN(mat_fetch_part)(low, next, sizeof(quant_q4_k), 4 * c, 16);
             DOTS(low, q, FN(v_low)(t.a), FN(v_low)(t.b), FN(v_low)(t.c), FN(v_low)(t.d));
+            high = FN(mat_fetch_part)(high, next, sizeof(quant_q4_k), 4 * c + 1, 16);
             DOTS(high, q + 32, FN(v_high)(t.a), FN(v_high)(t.b), FN(v_high)(t.c), FN(v_high)(t.d));
+            low = FN(mat_fetch_part)(low, next, sizeof(quant_q4_k), 4 * c + 2, 16);
             DOTS(low, q + 16, FN(v_low)(u.a), FN(v_low)(u.b), FN(v_low)(u.c), FN(v_low)(u.d));
+            high = FN(mat_fetch_part)(high, next, sizeof(quant_q4_k), 4 * c + 3, 16);
             DOTS(high, q + 48, FN(v_high)(u.a), FN(v_high)(u.b), FN(v_high)(u.c), FN(v_high)(u.d));
             sum = FN(v_scaled)(FN(v_scaled)(sum, low, TILE(head.scale[2 * c])), high, TILE(head.scale[2 * c + 1]));
         }
@@ -2723,11 +2763,10 @@ static __attribute__((noinline)) F FN(mat_one_q4_k)(const char *w, size_t stride
     return acc;
 }
 
-static __attribute__((noinline)) F FN(mat_one_q6_k)(const char *w, size_t stride, const mat_x *x, int64_t superblocks) {
+static __attribute__((noinline)) F FN(mat_one_q6_k)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t superblocks) {
     F acc = {0};
     FN(mat_tile) head;
-    const char *next = w + LANES * stride;
-    for (int64_t b = 0; b < superblocks; b++, x++, w += sizeof(quant_q6_k)) {
+    for (int64_t b = 0; b < superblocks; b++, x++, w += sizeof(quant_q6_k), next += LANES * sizeof(quant_q6_k)) {
         FN(mat_head_q6_k)(&head, w, stride);
         V sum = {0};
         LORCH_UNROLL for (int i = 0; i < 4; i++) {
@@ -2735,10 +2774,11 @@ static __attribute__((noinline)) F FN(mat_one_q6_k)(const char *w, size_t stride
             FN(mat_four) l = FN(v_turn)(low, stride), m = FN(v_turn)(low + 32, stride), h = FN(v_turn)(w + 128 + i * 16, stride);
             int j = i / 2 * 8 + i % 2;
             const int8_t *q = x->q + 16 * j;
-            FN(mat_fetch)(next, (LANES * (int)sizeof(quant_q6_k) + 3) / 4), next += LANES * sizeof(quant_q6_k) / 4;
-            V s0 = FN(v_start)(x->start[j], 5), s1 = FN(v_start)(x->start[j + 2], 5), s2 = FN(v_start)(x->start[j + 4], 5), s3 = FN(v_start)(x->start[j + 6], 5);
+            V s0 = FN(v_start)(x->start[j], 5), s1 = FN(v_start)(x->start[j + 2], 5);
+            V s2 = FN(v_start)(x->start[j + 4], 5), s3 = FN(v_start)(x->start[j + 6], 5);
 #define COLUMN(n, f) { \
     Q6_CODES(x0, x1, x2, x3, l.f, m.f, h.f) \
+    s0 = FN(mat_fetch_part)(s0, next, sizeof(quant_q6_k), 4 * i + n, 16); \
     s0 = FN(v_dot)(s0, x0, FN(v_at)(q + 4 * n)), s1 = FN(v_dot)(s1, x1, FN(v_at)(q + 32 + 4 * n)); \
     s2 = FN(v_dot)(s2, x2, FN(v_at)(q + 64 + 4 * n)), s3 = FN(v_dot)(s3, x3, FN(v_at)(q + 96 + 4 * n)); }
             COLUMN(0, a) COLUMN(1, b) COLUMN(2, c) COLUMN(3, d)
@@ -2751,23 +2791,21 @@ static __attribute__((noinline)) F FN(mat_one_q6_k)(const char *w, size_t stride
     return acc;
 }
 
-static __attribute__((noinline)) F FN(mat_one_q8_0)(const char *w, size_t stride, const mat_x *x, int64_t superblocks) {
+static __attribute__((noinline)) F FN(mat_one_q8_0)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t superblocks) {
     F acc = {0};
-    const char *next = w + LANES * stride;
-    for (int64_t b = 0; b < superblocks * 8; b++, w += sizeof(quant_q8_0)) {
+    for (int64_t b = 0; b < superblocks * 8; b++, w += sizeof(quant_q8_0), next += LANES * sizeof(quant_q8_0)) {
         const mat_x *y = x + b / 8;
         const int8_t *q = y->q + b % 8 * 32;
         FN(mat_four) t = FN(v_turn)(w + 2, stride), u = FN(v_turn)(w + 18, stride);
         F d = FN(f_halves)(w, stride) * FN(f_all)(y->u.block.d[b % 8]);
-        FN(mat_fetch)(next, (LANES * (int)sizeof(quant_q8_0) + 32) / 64 * 64), next += LANES * sizeof(quant_q8_0);
 #if MAT_PAIRED
         V sum = {0};
-#define DOT(v, at) sum = FN(v_dot_wide)(sum, v, FN(v_at)(q + at))
+#define DOT(v, at) sum = FN(v_dot_wide)(FN(mat_fetch_part)(sum, next, sizeof(quant_q8_0), at / 4, 8), v, FN(v_at)(q + at))
         DOT(t.a, 0), DOT(t.b, 4), DOT(t.c, 8), DOT(t.d, 12), DOT(u.a, 16), DOT(u.b, 20), DOT(u.c, 24), DOT(u.d, 28);
 #undef DOT
 #else
         V sum = FN(v_start)(y->start[b % 8], 7), more = {0};
-#define DOT(s, v, at) s = FN(v_dot)(s, FN(v_wide_codes)(v), FN(v_at)(q + at))
+#define DOT(s, v, at) s = FN(v_dot)(FN(mat_fetch_part)(s, next, sizeof(quant_q8_0), at / 4, 8), FN(v_wide_codes)(v), FN(v_at)(q + at))
         DOT(sum, t.a, 0), DOT(more, t.b, 4), DOT(sum, t.c, 8), DOT(more, t.d, 12);
         DOT(sum, u.a, 16), DOT(more, u.b, 20), DOT(sum, u.c, 24), DOT(more, u.d, 28);
 #undef DOT
@@ -2778,17 +2816,16 @@ static __attribute__((noinline)) F FN(mat_one_q8_0)(const char *w, size_t stride
     return acc;
 }
 
-static __attribute__((noinline)) F FN(mat_one_q4_0)(const char *w, size_t stride, const mat_x *x, int64_t superblocks) {
+static __attribute__((noinline)) F FN(mat_one_q4_0)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t superblocks) {
     F acc = {0};
-    const char *next = w + LANES * stride;
-    for (int64_t b = 0; b < superblocks * 8; b++, w += sizeof(quant_q4_0)) {
+    for (int64_t b = 0; b < superblocks * 8; b++, w += sizeof(quant_q4_0), next += LANES * sizeof(quant_q4_0)) {
         const mat_x *y = x + b / 8;
         const int8_t *q = y->q + b % 8 * 32;
         FN(mat_four) t = FN(v_turn)(w + 2, stride);
         F d = FN(f_halves)(w, stride) * FN(f_all)(y->u.block.d[b % 8]);
-        FN(mat_fetch)(next, (LANES * (int)sizeof(quant_q4_0) + 32) / 64 * 64), next += LANES * sizeof(quant_q4_0);
-        V sum = FN(v_start)(y->start[b % 8], 3);
+        V sum = FN(mat_fetch_part)(FN(v_start)(y->start[b % 8], 3), next, sizeof(quant_q4_0), 0, 2);
         DOTS(sum, q, FN(v_low)(t.a), FN(v_low)(t.b), FN(v_low)(t.c), FN(v_low)(t.d));
+        sum = FN(mat_fetch_part)(sum, next, sizeof(quant_q4_0), 1, 2);
         DOTS(sum, q + 16, FN(v_high)(t.a), FN(v_high)(t.b), FN(v_high)(t.c), FN(v_high)(t.d));
         acc = FN(f_fma)(FN(f_int)(FN(v_summed)((V){0}, sum)), d, acc);
     }
@@ -2798,23 +2835,26 @@ static __attribute__((noinline)) F FN(mat_one_q4_0)(const char *w, size_t stride
 #endif
 
 /* Runs one token over as many slices as the fused kernels take; returns their number. */
-static int64_t FN(mat_one)(const mat_product *p, int64_t row, int tiles, float *c) {
+static int64_t FN(mat_one)(const mat_product *p, int64_t row, int tiles, const char *ahead, float *c) {
 #if LANES >= 8
     int type = (int)(p->format - quant_formats);
     int64_t superblocks = p->act->n / 256;
     size_t stride = quant_row_bytes(p->format, p->act->n);
     const char *w = p->weights + (size_t)row * stride;
     if (p->act->n_tok != 1 || row + tiles * LANES > p->n_rows) return 0;
-    for (int i = 0; i < tiles; i++, w += LANES * stride, c += LANES) switch (type) {
-        case QUANT_Q4_0: FN(f_store)(c, FN(mat_one_q4_0)(w, stride, p->act->blocks, superblocks)); break;
-        case QUANT_Q8_0: FN(f_store)(c, FN(mat_one_q8_0)(w, stride, p->act->blocks, superblocks)); break;
-        case QUANT_Q4_K: FN(f_store)(c, FN(mat_one_q4_k)(w, stride, p->act->super, superblocks)); break;
-        case QUANT_Q6_K: FN(f_store)(c, FN(mat_one_q6_k)(w, stride, p->act->super, superblocks)); break;
+    for (int i = 0; i < tiles; i++, w += LANES * stride, c += LANES) {
+        const char *next = i + 1 < tiles || !ahead ? w + LANES * stride : ahead;
+        switch (type) {
+        case QUANT_Q4_0: FN(f_store)(c, FN(mat_one_q4_0)(w, next, stride, p->act->blocks, superblocks)); break;
+        case QUANT_Q8_0: FN(f_store)(c, FN(mat_one_q8_0)(w, next, stride, p->act->blocks, superblocks)); break;
+        case QUANT_Q4_K: FN(f_store)(c, FN(mat_one_q4_k)(w, next, stride, p->act->super, superblocks)); break;
+        case QUANT_Q6_K: FN(f_store)(c, FN(mat_one_q6_k)(w, next, stride, p->act->super, superblocks)); break;
         default: return 0;
         }
+    }
     return superblocks;
 #else
-    (void)p, (void)row, (void)tiles, (void)c;
+    (void)p, (void)row, (void)tiles, (void)ahead, (void)c;
     return 0;
 #endif
 }
@@ -2822,7 +2862,8 @@ static int64_t FN(mat_one)(const mat_product *p, int64_t row, int tiles, float *
 /* ---- products of floats, for weights and in attention ---- */
 
 /* c[t][j] += a[t][k] * b[k][j] over k in order; j in `vectors` vectors, t < tokens; b in half floats if `half`. */
-LORCH_INLINE void FN(mat_outer_tile)(int tokens, int vectors, int half, const float *a, int64_t lda, const char *b, int64_t ldb, int n_k, float *c, int64_t ldc) {
+LORCH_INLINE void FN(mat_outer_tile)(int tokens, int vectors, int half, const float *a, int64_t lda,
+                                      const char *b, int64_t ldb, int n_k, float *c, int64_t ldc) {
 #define S(t) F c0##t = {0}, c1##t = {0}, c2##t = {0}, c3##t = {0};
     EVERY(S)
 #undef S
@@ -2852,14 +2893,25 @@ LORCH_INLINE void FN(mat_outer_tile)(int tokens, int vectors, int half, const fl
 #undef S
 }
 
+static float FN(mat_outer_one)(int half, const float *a, const char *b, int64_t ldb, int n_k, float c) { /* one column's sum */
+    F sum = FN(f_all)(c);
+    for (int k = 0; k < n_k; k++, b += ldb * (half ? 2 : 4)) {
+        float f = half ? num_from_f16(*(const uint16_t *)(const void *)b) : *(const float *)(const void *)b;
+        sum = FN(f_fma)(FN(f_all)(f), FN(f_all)(a[k]), sum);
+    }
+    return sum[0];
+}
+
 enum { FN(MAT_VECTORS) = LANES == 16 ? 4 : LANES == 8 ? 2 : MAT_DOT == MAT_PLAIN ? 1 : 4 };
 
 /* The same for any number of tokens and of columns; those that fill no vector go one by one. */
-LORCH_INLINE void FN(mat_outer)(int half, int n_tok, int columns, const float *a, int64_t lda, const char *b, int64_t ldb, int n_k, float *c, int64_t ldc) {
+LORCH_INLINE void FN(mat_outer)(int half, int n_tok, int columns, const float *a, int64_t lda,
+                                 const char *b, int64_t ldb, int n_k, float *c, int64_t ldc) {
     enum { PANEL = FN(MAT_VECTORS) * LANES, TOKENS = LANES == 16 || LANES == 8 ? 6 : 4 };
     int size = half ? 2 : 4;
     for (int t = 0; t < n_tok;) {
-        int left = n_tok - t, step = left >= TOKENS ? TOKENS : left >= 4 ? 4 : left >= 2 ? 2 : 1, j = 0;
+        int left = n_tok - t, step = left >= TOKENS ? TOKENS : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        int64_t j = 0;
         const float *at = a + t * lda;
         float *ct = c + t * ldc;
 #define OUTER(tokens, vectors) FN(mat_outer_tile)(tokens, vectors, half, at, lda, b + j * size, ldb, n_k, ct + j, ldc)
@@ -2868,24 +2920,21 @@ LORCH_INLINE void FN(mat_outer)(int half, int n_tok, int columns, const float *a
             else if (step == 4) OUTER(4, FN(MAT_VECTORS));
             else if (step == 2) OUTER(2, FN(MAT_VECTORS));
             else OUTER(1, FN(MAT_VECTORS));
-        for (; j + LANES <= columns; j += LANES)
+        for (; j < columns / LANES * LANES; j += LANES)
             for (int i = 0; i < step; i++) FN(mat_outer_tile)(1, 1, half, at + i * lda, lda, b + j * size, ldb, n_k, ct + i * ldc + j, ldc);
 #undef OUTER
-        for (; j < columns; j++)
-            for (int i = 0; i < step; i++)
-                for (int k = 0; k < n_k; k++) {
-                    const char *v = b + (k * ldb + j) * size;
-                    F f = {half ? num_from_f16(*(const uint16_t *)(const void *)v) : *(const float *)(const void *)v};
-                    ct[i * ldc + j] = FN(f_fma)(f, FN(f_all)(at[i * lda + k]), FN(f_all)(ct[i * ldc + j]))[0];
-                }
+        for (j = columns / LANES * LANES; j < columns; j++)
+            for (int i = 0; i < step; i++) ct[i * ldc + j] = FN(mat_outer_one)(half, at + i * lda, b + j * size, ldb, n_k, ct[i * ldc + j]);
         t += step;
     }
 }
 
-static __attribute__((noinline)) void FN(mat_outer_floats)(int n_tok, int columns, const float *a, int64_t lda, const float *b, int64_t ldb, int n_k, float *c, int64_t ldc) {
+static __attribute__((noinline)) void FN(mat_outer_floats)(int n_tok, int columns, const float *a, int64_t lda,
+                                                            const float *b, int64_t ldb, int n_k, float *c, int64_t ldc) {
     FN(mat_outer)(0, n_tok, columns, a, lda, (const char *)b, ldb, n_k, c, ldc);
 }
-static __attribute__((noinline)) void FN(mat_outer_halves)(int n_tok, int columns, const float *a, int64_t lda, const uint16_t *b, int64_t ldb, int n_k, float *c, int64_t ldc) {
+static __attribute__((noinline)) void FN(mat_outer_halves)(int n_tok, int columns, const float *a, int64_t lda,
+                                                            const uint16_t *b, int64_t ldb, int n_k, float *c, int64_t ldc) {
     FN(mat_outer)(1, n_tok, columns, a, lda, (const char *)b, ldb, n_k, c, ldc);
 }
 
@@ -2930,7 +2979,7 @@ static void FN(mat_multiply_floats)(const mat_product *p, int64_t row, int tiles
 }
 
 /* Scratch: the sums, [n_tok][MAT_ROWS], then the tiles. Tiles go by pairs, so a last one may be idle. */
-static void FN(mat_multiply)(const mat_product *p, int64_t row, int rows, void *scratch) {
+static void FN(mat_multiply)(const mat_product *p, int64_t row, int rows, const char *ahead, void *scratch) {
     const mat_act *a = p->act;
     float *c = scratch;
     FN(mat_tile) *tile = (FN(mat_tile) *)(void *)(c + (size_t)a->n_tok * MAT_ROWS);
@@ -2939,9 +2988,16 @@ static void FN(mat_multiply)(const mat_product *p, int64_t row, int rows, void *
     if (p->format->kind == QUANT_FLOATS) FN(mat_multiply_floats)(p, row, tiles, (float *)(void *)tile, c);
     else {
         const mat_x *x = p->format->kind == QUANT_BLOCKS ? a->blocks : a->super;
-        for (int64_t slice = FN(mat_one)(p, row, tiles, c); slice * 256 < a->n; slice++) {
+        for (int64_t slice = FN(mat_one)(p, row, tiles, ahead, c); slice * 256 < a->n; slice++) {
             int64_t left = (a->n - slice * 256) / 32;
-            FN(mat_pass) pass = {tile, c, x + slice * a->n_tok, tiles, a->n_tok, left < 8 ? (int)left : 8, 0};
+            int bytes = 256 / p->format->block * p->format->bytes;
+            size_t stride = quant_row_bytes(p->format, a->n);
+            const char *next = left > 8 ? p->weights + (size_t)row * stride + (size_t)(slice + 1) * (size_t)bytes : ahead;
+            if (a->n_tok <= MAT_FEW) { /* memory sets the pace, and is faster in a straight line: the next rows, bit by bit */
+                next = (ahead ? ahead : p->weights + (size_t)(row + rows) * stride) + (size_t)(slice * tiles * LANES) * (size_t)bytes;
+                stride = (size_t)bytes;
+            }
+            FN(mat_pass) pass = {tile, c, x + slice * a->n_tok, next, stride, tiles, a->n_tok, left < 8 ? (int)left : 8, 0, bytes};
             FN(mat_slice)(&pass, p, row, slice);
         }
     }
@@ -3119,7 +3175,8 @@ LORCH_INLINE void FN(mat_to_floats)(float *to, const uint16_t *from, int n) {
 }
 
 /* c += a * b with b as it lies in the cache, or as floats when enough queries repay the conversion. */
-LORCH_INLINE void FN(mat_attend_product)(int half, int queries, int columns, const float *a, int64_t lda, const char *b, int n_k, float *c, int64_t ldc) {
+LORCH_INLINE void FN(mat_attend_product)(int half, int queries, int columns, const float *a, int64_t lda,
+                                          const char *b, int n_k, float *c, int64_t ldc) {
     if (half) FN(mat_outer_halves)(queries, columns, a, lda, (const uint16_t *)(const void *)b, columns, n_k, c, ldc);
     else FN(mat_outer_floats)(queries, columns, a, lda, (const float *)(const void *)b, columns, n_k, c, ldc);
 }
@@ -3148,7 +3205,8 @@ static void FN(mat_attend_block)(const mat_attention *a, const FN(mat_attending)
         int n = pos[t] + 1 - b * KV_BLOCK;
         n = (n < KV_BLOCK ? n : KV_BLOCK) - common;
         if (n > 0)
-            FN(mat_attend_product)(half, heads, hd, w->s + t * heads * KV_BLOCK + common, KV_BLOCK, v + (size_t)(common * hd * size), n, w->acc + t * heads * hd, hd);
+            FN(mat_attend_product)(half, heads, hd, w->s + t * heads * KV_BLOCK + common, KV_BLOCK, v + (size_t)(common * hd * size), n,
+                                   w->acc + t * heads * hd, hd);
     }
 }
 
@@ -3186,14 +3244,14 @@ static void FN(mat_attend)(const mat_attention *a, int group, int head_kv, void 
 #define OPAQUE(x) __asm__ volatile("" : "+w"(x))
 #endif
 static double FN(mat_peak)(int64_t n) { /* 12 chains hide the instruction's latency */
-    V w = FN(v_all)(0x01020304), x = FN(v_all)(0x04030201);
-#define S(t) V a##t = {0}, b##t = {0};
+    V w = FN(v_all)(0x01020304), v = FN(v_all)(0x02020101);
+#define S(t) V a##t = w + t, b##t = v - t, x##t = FN(v_all)(0x04030201 + t);
     EVERY(S)
 #undef S
     for (int64_t i = 0; i < n; i++) {
         OPAQUE(w);
-        OPAQUE(x);
-#define S(t) a##t = FN(v_dot)(a##t, w, x), b##t = FN(v_dot)(b##t, w, x);
+        OPAQUE(v);
+#define S(t) a##t = FN(v_dot)(a##t, w, x##t), b##t = FN(v_dot)(b##t, v, x##t);
         EVERY(S)
 #undef S
     }
@@ -3263,8 +3321,8 @@ typedef struct {
     unsigned round;     /* atomic: counts the calls of pool_run */
     int stop;           /* atomic */
     int busy;           /* atomic: workers that have not finished this round */
-    int64_t next;       /* atomic: the first item that nobody has taken */
-    int64_t n_items;
+    intptr_t next;      /* atomic: the first item that nobody has taken */
+    intptr_t n_items;
     pool_fn fn;
     void *ctx;
 } pool;
@@ -3284,7 +3342,7 @@ LORCH_INLINE void pool_pause(void) {
 
 static void pool_work(pool *p, int thread) {
     for (;;) {
-        int64_t item = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED);
+        intptr_t item = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED);
         if (item >= p->n_items) return;
         p->fn(p->ctx, item, thread);
     }
@@ -3328,7 +3386,7 @@ static void pool_announce(pool *p) {
 }
 
 static void pool_run(pool *p, pool_fn fn, void *ctx, int64_t n_items) {
-    p->fn = fn, p->ctx = ctx, p->n_items = n_items;
+    p->fn = fn, p->ctx = ctx, p->n_items = (intptr_t)n_items;
     __atomic_store_n(&p->next, 0, __ATOMIC_RELAXED);
     if (p->n_threads == 1 || n_items == 1) {
         pool_work(p, 0);
@@ -3987,7 +4045,7 @@ static void tok_mark_ends(tok *t, const gguf_file *g) {
     static const char *const keys[] = {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
     static const char *const texts[] = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
         "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "< EOT >", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<eos>",
-        "<\xef\xbd\x9c" "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>"};
+        ("<\xef\xbd\x9c" "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>")};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
         int32_t id = tok_special_id(t, g, keys[i]);
         if (id >= 0) t->entry[id].ends = 1;
@@ -4387,7 +4445,8 @@ static int model_bind(model *m, const gguf_tensor *t, const model_tensor *want, 
     int64_t in = model_dim_of(m, want->in), out = model_dim_of(m, want->out);
     void *field = (char *)base + want->field;
     if (f->kind == QUANT_NONE)
-        return sys_fail(err, cap, "%s: tensor %.*s is %s, which is not supported; supported: %s", m->file->path, (int)t->name.len, t->name.ptr, f->name, quant_supported());
+        return sys_fail(err, cap, "%s: tensor %.*s is %s, which is not supported; supported: %s", m->file->path, (int)t->name.len, t->name.ptr, f->name,
+                        quant_supported());
     if (t->dim[0] != (uint64_t)in || t->dim[1] != (uint64_t)out || t->dim[2] != 1 || t->dim[3] != 1)
         return sys_fail(err, cap, "%s: tensor %.*s is %llu x %llu, but the model's shape asks for %lld x %lld", m->file->path, (int)t->name.len, t->name.ptr,
                         (unsigned long long)t->dim[0], (unsigned long long)t->dim[1], (long long)in, (long long)out);
@@ -4608,6 +4667,7 @@ typedef struct {
     char *kv_layer;             /* the layer in KV block 0 */
     mat_product product[3];
     int n_products, item_rows;  /* the products' rows are shared out by item_rows */
+    intptr_t next_item;         /* atomic: the first that nobody has claimed */
 } model_run;
 
 /* Lays out the scratch: with base NULL it only counts. */
@@ -4652,6 +4712,9 @@ static int model_run_open(model_run *r, const model *m, const mat_kernels *k, po
     r->bytes = model_run_bytes(m, threads->n_threads, max_tokens, max_logits);
     r->pages = sys_pages(r->bytes);
     if (!r->pages) return 0;
+#ifdef MADV_HUGEPAGE
+    madvise(r->pages, r->bytes, MADV_HUGEPAGE); /* fewer faults in the first prompt; refused, nothing is lost */
+#endif
     model_run_layout(r, r->pages);
     return 1;
 }
@@ -4663,16 +4726,28 @@ static void model_run_close(model_run *r) {
 
 /* ---- products: up to three matrices that share their input, their row tiles shared out together ---- */
 
-static int64_t model_items(const model_run *r, int i) { return (r->product[i].n_rows + r->item_rows - 1) / r->item_rows; }
+/* Where item i begins, among the rows of all products; the product is stored in *p, NULL beyond the last. */
+static int64_t model_item(const model_run *r, int64_t i, const mat_product **p) {
+    for (int k = 0; k < r->n_products; k++) {
+        int64_t items = (r->product[k].n_rows + r->item_rows - 1) / r->item_rows;
+        *p = &r->product[k];
+        if (i < items) return i * r->item_rows;
+        i -= items;
+    }
+    return *p = NULL, 0;
+}
 
-static void model_multiply_item(void *ctx, int64_t item, int thread) {
+/* One thread's part. The first item goes by the seat, the others to whoever comes; each is claimed one ahead,
+ * so that the end of an item can fetch the beginning of the next from memory. */
+static void model_multiply_seat(void *ctx, int64_t seat, int thread) {
     model_run *r = ctx;
-    int i = 0;
-    while (item >= model_items(r, i)) item -= model_items(r, i), i++;
-    const mat_product *p = &r->product[i];
-    int64_t row = item * r->item_rows, end = row + r->item_rows < p->n_rows ? row + r->item_rows : p->n_rows;
-    for (; row < end; row += MAT_ROWS)
-        r->k->multiply(p, row, end - row < MAT_ROWS ? (int)(end - row) : MAT_ROWS, r->scratch + (size_t)thread * r->scratch_bytes);
+    const mat_product *p, *q;
+    for (int64_t row = model_item(r, seat, &p), next_row; p; p = q, row = next_row) {
+        next_row = model_item(r, __atomic_fetch_add(&r->next_item, 1, __ATOMIC_RELAXED), &q);
+        const char *ahead = q ? q->weights + (size_t)next_row * quant_row_bytes(q->format, q->act->n) : NULL;
+        int rows = p->n_rows - row < r->item_rows ? (int)(p->n_rows - row) : r->item_rows;
+        r->k->multiply(p, row, rows, ahead, r->scratch + (size_t)thread * r->scratch_bytes);
+    }
 }
 
 static void model_product(model_run *r, const model_matrix *w, float *out) {
@@ -4680,15 +4755,13 @@ static void model_product(model_run *r, const model_matrix *w, float *out) {
     r->product[r->n_products++] = p;
 }
 
-/* Computes the products that model_product has collected. For a few tokens the rows go out in longer runs,
- * so that a thread mostly fetches ahead for itself; for many, in short ones where there are few rows. */
+/* Computes the products that model_product has collected. Where there are few rows they go out in short runs. */
 static void model_multiply(model_run *r) {
-    int64_t items = 0, rows = 0;
+    int64_t rows = 0;
     for (int i = 0; i < r->n_products; i++) rows += r->product[i].n_rows;
-    int64_t share = rows / (r->threads->n_threads * 8) / MAT_ROWS * MAT_ROWS, most = r->act.n_tok > 4 ? MAT_ROWS : 4 * MAT_ROWS;
-    r->item_rows = share < MAT_ROWS / 2 ? MAT_ROWS / 2 : share < MAT_ROWS ? MAT_ROWS : (int)(share < most ? share : most);
-    for (int i = 0; i < r->n_products; i++) items += model_items(r, i);
-    pool_run(r->threads, model_multiply_item, r, items);
+    r->item_rows = rows < r->threads->n_threads * 8 * MAT_ROWS || (r->act.n_tok > 1 && r->act.n_tok <= MAT_FEW) ? MAT_ROWS / 2 : MAT_ROWS;
+    r->next_item = r->threads->n_threads;
+    pool_run(r->threads, model_multiply_seat, r, r->threads->n_threads);
     r->n_products = 0;
 }
 
@@ -4703,7 +4776,8 @@ static void model_embed_token(void *ctx, int64_t t, int thread) {
     model_run *r = ctx;
     const model *m = r->m;
     (void)thread;
-    quant_dequantise(m->token_embd.format, m->token_embd.data + (size_t)r->batch->id[t] * quant_row_bytes(m->token_embd.format, m->n_embd), r->x + t * m->n_embd, m->n_embd);
+    const model_matrix *embd = &m->token_embd;
+    quant_dequantise(embd->format, embd->data + (size_t)r->batch->id[t] * quant_row_bytes(embd->format, m->n_embd), r->x + t * m->n_embd, m->n_embd);
     for (int i = 0; i < m->n_rot / 2; i++) {
         double s, c;
         num_sincos(r->batch->pos[t] * m->inv_freq[i], &s, &c);
@@ -6238,6 +6312,7 @@ static engine_job *embed_job(const char *key, const char *prompt, size_t len, co
     sample_params s = {p->temperature, p->top_p, p->min_p, p->repetition_penalty, p->top_k, p->seed};
     j->sample = s;
     j->max_tokens = p->max_tokens, j->n_stop = p->n_stop, j->special = p->special, j->ignore_eos = p->ignore_eos, j->speculate = 1;
+    j->resumes = 1; /* a name is free again when its generation has ended */
     j->sink = embed_sink, j->user = c;
     int bad = utf8_count(buf_str(&j->prompt)) < 0 || j->id.len > MAX_JOB_ID_BYTES;
     for (int i = 0; i < p->n_stop; i++) bad |= j->stop[i].len == 0;
@@ -8168,10 +8243,11 @@ static void cli_help(void) {
     cli_help_options(CLI_SERVE, 0);
     puts("  --version                    print the version\n  --help                       print this\n\n"
          "Subcommands (also --context, --threads or -t, --kv-type, --chunk and --pre, where they make sense):");
-    static const struct { const char *name; unsigned command; } subs[] = {{"generate", CLI_GENERATE}, {"tokenize", CLI_TOKENIZE}, {"score", CLI_SCORE}, {"bench", CLI_BENCH}};
+    static const struct { const char *name; unsigned command; } subs[] = {
+        {"generate", CLI_GENERATE}, {"tokenize", CLI_TOKENIZE}, {"score", CLI_SCORE}, {"bench", CLI_BENCH}};
     for (size_t i = 0; i < sizeof subs / sizeof *subs; i++) {
         printf(" %s\n", subs[i].name);
-        cli_help_options(subs[i].command, CLI_SERVE | (i > 1 ? 0 : 0));
+        cli_help_options(subs[i].command, CLI_SERVE);
     }
     puts("\nLORCH_SIMD=scalar|avx2|... forces an instruction set. Exit codes: 0 well, 1 model or run-time failure, 2 usage,\n"
          "3 the pool manager refused the ready callback, 130 second signal.");
@@ -8490,7 +8566,9 @@ static int cli_read_stdin(buf *b) {
     return !ferror(stdin);
 }
 
-static void cli_print(const buf *b) { fwrite(b->ptr, 1, b->len, stdout); }
+static void cli_print(const buf *b) {
+    if (b->len) fwrite(b->ptr, 1, b->len, stdout);
+}
 
 static void cli_put_ids(buf *b, const int32_t *id, int n) { /* [1,2,3] */
     buf_putc(b, '[');
@@ -8922,8 +9000,10 @@ static void cli_bench_report(const cli_settings *c, const cli_run *r, cli_rounds
     double ops = 2 * (cli_weights_per_token(m) + (p > 0 ? (double)m->output.n * (double)m->output.rows / p : 0));
     buf b = {0};
     buf_putc(&b, '{');
-    json_kv_cstr(&b, "model", m->name), json_kv_cstr(&b, "quant_kind", m->quant), json_kv_cstr(&b, "simd", r->run.k->name), json_kv_int(&b, "threads", r->threads.n_threads);
-    json_kv_int(&b, "prompt_tokens", c->bench_prompt), json_kv_int(&b, "decode_tokens", c->n), json_kv_int(&b, "batch", c->bench_batch), json_kv_int(&b, "chunk", r->chunk);
+    json_kv_cstr(&b, "model", m->name), json_kv_cstr(&b, "quant_kind", m->quant);
+    json_kv_cstr(&b, "simd", r->run.k->name), json_kv_int(&b, "threads", r->threads.n_threads);
+    json_kv_int(&b, "prompt_tokens", c->bench_prompt), json_kv_int(&b, "decode_tokens", c->n);
+    json_kv_int(&b, "batch", c->bench_batch), json_kv_int(&b, "chunk", r->chunk);
     json_kv_num(&b, "prefill_tok_s", prefill, 2), json_kv_num(&b, "decode_tok_s", decode, 2);
     json_kv_u64(&b, "weight_bytes_per_token", m->token_bytes);
     json_kv_num(&b, "read_gb_s", read, 2), json_kv_num(&b, "int8_tops", peak, 3);
@@ -8976,7 +9056,8 @@ static int cli_selftest(cli_settings *c) {
         if (runs && !mat_selftest_vectors(level, err, sizeof err)) bad++, fprintf(stderr, "%s\n", err);
         if (c->json) printf("{\"simd\":\"%s\",\"runs\":%s,\"formats\":%d,\"failed\":%d}\n", mat_levels[level]->name, runs ? "true" : "false", checked, bad);
         else if (!runs) printf("%-12s this CPU cannot run it\n", mat_levels[level]->name);
-        else printf("%-12s %d formats and the vector kernels: %s\n", mat_levels[level]->name, checked, bad ? "DIFFERENT from the plain loop" : "equal to the plain loop, bit for bit");
+        else printf("%-12s %d formats and the vector kernels: %s\n", mat_levels[level]->name, checked,
+                    bad ? "DIFFERENT from the plain loop" : "equal to the plain loop, bit for bit");
         failed += bad;
     }
     return failed != 0;
