@@ -16,7 +16,7 @@ run: lorch
 	@echo 'The worker starts below. In another terminal, stream a story from it:'
 	@echo
 	@echo "  curl -N http://127.0.0.1:$(PORT)/execute -H 'Content-Type: application/json' \\"
-	@echo "    -d '{\"job_id\":\"story\",\"prompt\":\"Once upon a time\",\"max_tokens\":200,\"temperature\":0.7}'"
+	@echo "    -d '{\"job_id\":\"story-'\$$(date +%s)'\",\"prompt\":\"Once upon a time\",\"max_tokens\":200,\"temperature\":0.7}'"
 	@echo
 	@echo 'Ctrl-C ends it. Should port $(PORT) be in use: make run PORT=8081'
 	@echo

@@ -35,7 +35,7 @@ typedef struct {
     int n_ctx;            /* positions in a sequence, prompt and output together; 0: the model's, if it fits */
     int n_parallel;       /* generations that run at the same time; more wait. Default 4 */
     int n_queue;          /* generations that may wait. Default 32 */
-    int chunk;            /* prompt tokens that are computed in one step at most; 0: 256 */
+    int chunk;            /* prompt tokens that are computed in one step at most; 0: 192 */
     int no_speculate;     /* decode one token a step. The output is the same; where text repeats, it comes slower */
     int kv_f32;           /* KV cache in F32 instead of F16 */
     uint64_t kv_bytes;    /* size of the KV pool; 0: n_parallel x n_ctx, at most a quarter of available memory */

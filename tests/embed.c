@@ -214,7 +214,8 @@ static void test_bad_params(void) {
     if (!endless) return;
     memset(endless, 'a', n);
     error[0] = 0;
-    CHECK(lorch_generate(shared_model(), NULL, endless, n, &p, NULL, NULL, NULL, error) == LORCH_FAILED && strstr(error, "context"), "a prompt beyond the context: %s", error);
+    CHECK(lorch_generate(shared_model(), NULL, endless, n, &p, NULL, NULL, NULL, error) == LORCH_FAILED && strstr(error, "context"),
+          "a prompt beyond the context: %s", error);
     free(endless);
 }
 
@@ -277,7 +278,8 @@ static void test_together(void) {
     for (int i = 0; i < N; i++) pthread_join(thread[i], NULL);
     for (int i = 0; i < N; i++) {
         CHECK(together[i].reason == LORCH_MAX_TOKENS && !together[i].s.wrong, "call %d: reason %d, %s", i, (int)together[i].reason, together[i].error);
-        CHECK(together[i].s.n == alone[i].s.n && !strcmp(together[i].s.text, alone[i].s.text), "call %d differs: '%s', alone '%s'", i, together[i].s.text, alone[i].s.text);
+        CHECK(together[i].s.n == alone[i].s.n && !strcmp(together[i].s.text, alone[i].s.text),
+              "call %d differs: '%s', alone '%s'", i, together[i].s.text, alone[i].s.text);
     }
 }
 

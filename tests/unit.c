@@ -197,7 +197,8 @@ static void test_json_values(void) {
         int ok = json_u64(str_of(whole[i].token), &v);
         CHECK(ok == whole[i].ok && (!ok || v == whole[i].v), "%s: %d, %llu", whole[i].token, ok, (unsigned long long)v);
     }
-    static const struct { const char *token; double v; } floats[] = {{"0", 0}, {"-1.5", -1.5}, {"1e-3", 0.001}, {"123456789.25", 123456789.25}, {"5e-324", 5e-324}, {"0.1", 0.1}};
+    static const struct { const char *token; double v; } floats[] = {
+        {"0", 0}, {"-1.5", -1.5}, {"1e-3", 0.001}, {"123456789.25", 123456789.25}, {"5e-324", 5e-324}, {"0.1", 0.1}};
     for (size_t i = 0; i < sizeof floats / sizeof *floats; i++) CHECK(json_double(str_of(floats[i].token)) == floats[i].v, "%s", floats[i].token);
     CHECK(json_double(str_of("1e999")) == INFINITY && json_double(str_of("-1e999")) == -INFINITY, "beyond the range");
     char digits[400];
@@ -365,7 +366,8 @@ static void test_fma(void) {
         case 6: c = rng_small(&r) * 0x1p-126f; break;
         default: c = rng_float(&r);
         }
-        if (i % 16 == 9) a = num_float(0x3f800001u + rng_below(&r, 8)), b = num_float(0x3f800001u + rng_below(&r, 8)), c = num_float(0x33800000u + rng_below(&r, 3) - 1);
+        if (i % 16 == 9)
+            a = num_float(0x3f800001u + rng_below(&r, 8)), b = num_float(0x3f800001u + rng_below(&r, 8)), c = num_float(0x33800000u + rng_below(&r, 3) - 1);
         exact[0] = a, exact[1] = b, exact[2] = c;
         float want = fmaf(exact[0], exact[1], exact[2]), got = num_fma(a, b, c);
         CHECK(same_float(want, got), "fma(%a, %a, %a) = %a, not %a", (double)a, (double)b, (double)c, (double)got, (double)want);
@@ -911,7 +913,8 @@ static void test_sample_uniform(void) {
     double a = chi_square(by_index, even, CELLS, N), b = chi_square(by_seed, even, CELLS, N), c = chi_square(pairs, even, CELLS, N);
     CHECK(a < 113 && b < 113 && c < 113, "chi-square %g by index, %g by seed, %g of neighbours", a, b, c);
     CHECK(a > 28 && b > 28 && c > 28, "too even to be random: %g, %g, %g", a, b, c);
-    CHECK(sample_uniform(1, 2) == sample_uniform(1, 2) && sample_uniform(1, 2) != sample_uniform(2, 1) && sample_uniform(1, 2) != sample_uniform(1, 3), "a function of both");
+    CHECK(sample_uniform(1, 2) == sample_uniform(1, 2) && sample_uniform(1, 2) != sample_uniform(2, 1) && sample_uniform(1, 2) != sample_uniform(1, 3),
+          "a function of both");
 }
 
 static void test_sample_draw(void) {
@@ -1017,7 +1020,8 @@ static void test_stop_sequences(void) {
     static model m;
     static engine e;
     m.tok = t, e.m = &m;
-    static const char *const sets[][4] = {{"ab"}, {"aab", "b\xc3\xa9"}, {"aa", "aaa"}, {"abcabd"}, {"\xc3\xa9\xc3\xa9"}, {"\xef\xbf\xbd"}, {"a"}, {"ba", "ab", "aa", "bb"}};
+    static const char *const sets[][4] = {
+        {"ab"}, {"aab", "b\xc3\xa9"}, {"aa", "aaa"}, {"abcabd"}, {"\xc3\xa9\xc3\xa9"}, {"\xef\xbf\xbd"}, {"a"}, {"ba", "ab", "aa", "bb"}};
     static const int counts[] = {1, 2, 2, 1, 1, 1, 1, 4};
     static const unsigned char bytes[] = {'a', 'b', 'c', 'd', 0xc3, 0xa9, 0xf0, 0xff};
     int32_t byte_id[8];
@@ -1156,7 +1160,8 @@ static void test_http_limits(void) {
         CHECK(over ? r.error == &ERR_HEADERS : r.done, "%d headers: %s", MAX_HEADERS + over, r.error ? r.error->code : "taken");
     }
     static const struct { const char *host; int ok; } hosts[] = {
-        {"localhost", 1}, {"127.0.0.1:80", 1}, {"[::1]:8080", 1}, {"[::1]", 1}, {"h:", 1}, {"", 0}, {"a b", 0}, {"h:8x", 0}, {"h/x", 0}, {":80", 0}, {"a@b", 0}, {"a,b", 0}};
+        {"localhost", 1}, {"127.0.0.1:80", 1}, {"[::1]:8080", 1}, {"[::1]", 1}, {"h:", 1},
+        {"", 0}, {"a b", 0}, {"h:8x", 0}, {"h/x", 0}, {":80", 0}, {"a@b", 0}, {"a,b", 0}};
     for (size_t i = 0; i < sizeof hosts / sizeof *hosts; i++) CHECK(http_valid_host(str_of(hosts[i].host)) == hosts[i].ok, "Host: %s", hosts[i].host);
     CHECK(http_lists(str_of("keep-alive, Close"), "close") && !http_lists(str_of("closed"), "close") && http_lists(str_of("a,,close"), "close"), "lists");
 }
