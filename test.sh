@@ -197,7 +197,7 @@ test_shape() {
     out=$(awk -v max=$MAX_UNMARKED '/^\/\* (====|----)/ {if (NR - last > max) print "line " last ": " NR - last " lines without a banner"; last = NR}
         END {if (NR - last > max) print "line " last ": " NR - last " lines without a banner"}' lorch.c)
     equal "shape: no $MAX_UNMARKED lines without a banner" "$out" ""
-    out=$(awk -v max=$MAX_COLUMNS 'length($0) > max {print FILENAME ":" FNR ": " length($0) " columns"}' lorch.c lorch.h tests/*.[ch] test.sh)
+    out=$(awk -v max=$MAX_COLUMNS 'length($0) > max {print FILENAME ":" FNR ": " length($0) " columns"}' lorch.c lorch.h tests/*.[ch] tests/*.sh test.sh)
     equal "shape: no line over $MAX_COLUMNS columns" "$out" ""
     # A function begins at a line in column 0 with a parenthesis, and ends at a brace in column 0.
     out=$(awk -v max=$MAX_FUNCTION -v allowed=" $LONG_FUNCTIONS " '/^[A-Za-z_]/ {head = $0; from = NR}
@@ -225,6 +225,7 @@ test_shape() {
 serve() { # LOG ARGUMENTS...: starts a worker; sets $worker and $url
     log=$1
     shift
+    : >"$log.port" # of an earlier run
     "$@" >"$log.port" 2>"$log" &
     worker=$!
     started $worker
@@ -331,16 +332,19 @@ END
 # ==== Sanitizers: the same tests against an instrumented worker ====================================
 
 # Reports go to files, since the tests read the worker's stderr; any report is a failure of its own.
-sanitized() { # GROUP BINARY PROGRAM
-    env LORCH=$2 LORCH_TEST_SLOW=1 ASAN_OPTIONS="detect_leaks=1:log_path=$PWD/$W/$1-report" UBSAN_OPTIONS="print_stacktrace=1:log_path=$PWD/$W/$1-report" \
-        TSAN_OPTIONS="log_path=$PWD/$W/$1-report" "$3"
+sanitized() { # GROUP BINARY PROGRAM [NAME-PART...]
+    reports=log_path=$PWD/$W/$1-report lorch=$2
+    shift 2
+    exec env LORCH="$lorch" LORCH_TEST_SLOW=1 ASAN_OPTIONS="detect_leaks=1:$reports" UBSAN_OPTIONS="print_stacktrace=1:$reports" TSAN_OPTIONS="$reports" "$@"
 }
 no_reports() { # GROUP
     out=$(cat $W/"$1"-report* 2>/dev/null)
     check "$1: no report" "$([ -z "$out" ]; echo $?)" "$(printf '%s\n' "$out" | grep -E 'ERROR|WARNING|runtime error|#[0-5] ' | head -n 15)"
 }
-start_sanitized() { # GROUP BINARY PROGRAM
-    launch "$1_$3" sanitized "$1" "$2" $W/"$3"
+start_sanitized() { # GROUP BINARY PROGRAM [NAME-PART...]
+    group=$1 lorch=$2 program=$3
+    shift 3
+    launch "${group}_$program" sanitized "$group" "$lorch" "$W/$program" "$@"
 }
 
 test_asan() {
@@ -356,13 +360,13 @@ test_asan() {
     if [ -z "${LORCH_TEST_FULL:-}" ]; then skip "asan: unit and embed" "LORCH_TEST_FULL is not set"
     else
         # shellcheck disable=SC2086
-        compile unit-asan $W/unit-asan "$CC" $SANITIZE -w tests/unit.c -o $W/unit-asan -lpthread -lm
+        compile unit_asan $W/unit_asan "$CC" $SANITIZE -w tests/unit.c -o $W/unit_asan -lpthread -lm
         # shellcheck disable=SC2086
-        compile embed-asan $W/embed-asan "$CC" $SANITIZE -w -DLORCH_NO_MAIN lorch.c tests/embed.c -o $W/embed-asan -lpthread -lm
-        start_sanitized asan - unit-asan
-        start_sanitized asan - embed-asan
-        collect asan_unit-asan
-        collect asan_embed-asan
+        compile embed_asan $W/embed_asan "$CC" $SANITIZE -w -DLORCH_NO_MAIN lorch.c tests/embed.c -o $W/embed_asan -lpthread -lm
+        start_sanitized asan - unit_asan
+        start_sanitized asan - embed_asan
+        collect asan_unit_asan
+        collect asan_embed_asan
     fi
     no_reports asan
 }
@@ -370,17 +374,19 @@ test_asan() {
 test_tsan() {
     if [ -z "${LORCH_TEST_FULL:-}" ]; then skip "tsan: execute, contract, wire, load, embed" "LORCH_TEST_FULL is not set"; return; fi
     compile tsan $W/lorch-tsan "$CC" -fsanitize=thread -g1 -O1 lorch.c -o $W/lorch-tsan -lpthread -lm
-    compile embed-tsan $W/embed-tsan "$CC" -fsanitize=thread -g1 -O1 -DLORCH_NO_MAIN lorch.c tests/embed.c -o $W/embed-tsan -lpthread -lm
+    compile embed_tsan $W/embed_tsan "$CC" -fsanitize=thread -g1 -O1 -DLORCH_NO_MAIN lorch.c tests/embed.c -o $W/embed_tsan -lpthread -lm
     compiled tsan "thread sanitizer"
     rm -f $W/tsan-report*
     start_sanitized tsan $W/lorch-tsan execute
-    for p in contract wire load; do
+    for p in contract wire; do
         start_sanitized tsan $W/lorch-tsan $p
         collect tsan_$p
     done
+    start_sanitized tsan $W/lorch-tsan load 'at once' 'amid' # the hundred kills would take half an hour
+    collect tsan_load
     collect tsan_execute
-    start_sanitized tsan - embed-tsan
-    collect tsan_embed-tsan
+    start_sanitized tsan - embed_tsan
+    collect tsan_embed_tsan
     no_reports tsan
 }
 

@@ -37,7 +37,8 @@ find_peer() {
     fi
     llama=$(cd "$bins" && ls libllama.so* libllama.v*.so 2>/dev/null | head -n 1)
     ggml=$(cd "$bins" && ls libggml.so* libggml.v*.so 2>/dev/null | head -n 1)
-    if cc -O2 "$LORCH_SHARED/tools/peerbench.c" -o $B/peerbench "-L$bins" "-l:$llama" "-l:$ggml" -l:libggml-base.so "-Wl,-rpath,$bins" 2>$B/peerbench.log; then peer=$B/peerbench
+    if cc -O2 "$LORCH_SHARED/tools/peerbench.c" -o $B/peerbench "-L$bins" "-l:$llama" "-l:$ggml" -l:libggml-base.so \
+        "-Wl,-rpath,$bins" 2>$B/peerbench.log; then peer=$B/peerbench
     else echo "skipped: llama.cpp (peerbench does not build: $B/peerbench.log)"; fi
 }
 
@@ -61,7 +62,11 @@ make_models() {
 # ---- measuring ----
 
 bar() { # NAME RATE LARGEST: a bar of up to 40 signs
-    awk -v name="$1" -v rate="$2" -v most="$3" 'BEGIN {n = most > 0 ? int(rate / most * 40 + 0.5) : 0; for (i = 0; i < n; i++) s = s "#"; printf "  %-10s %9.1f t/s %s\n", name, rate, s}'
+    awk -v name="$1" -v rate="$2" -v most="$3" 'BEGIN {
+        n = most > 0 ? int(rate / most * 40 + 0.5) : 0
+        for (i = 0; i < n; i++) s = s "#"
+        printf "  %-10s %9.1f t/s %s\n", name, rate, s
+    }'
 }
 compare() { # WHAT OURS THEIRS
     most=$(awk -v a="$2" -v b="$3" 'BEGIN {print (a > b ? a : b)}')
@@ -74,7 +79,10 @@ measure() { # MODEL
     rm -f $B/ours $B/theirs
     for round in $(seq "$ROUNDS"); do
         "$LORCH" bench "$1" -p "$PROMPT" -n "$TOKENS" -t "$THREADS" -r 1 --json >>$B/ours || return 1
-        [ -z "$peer" ] || "$peer" "$1" "$bins" "$PROMPT" "$TOKENS" "$THREADS" 1 >>$B/theirs 2>$B/peer.log || { echo "skipped: llama.cpp on $1 ($(tail -n 1 $B/peer.log))"; peer=''; }
+        if [ -n "$peer" ] && ! "$peer" "$1" "$bins" "$PROMPT" "$TOKENS" "$THREADS" 1 >>$B/theirs 2>$B/peer.log; then
+            echo "skipped: llama.cpp on $1 ($(tail -n 1 $B/peer.log))"
+            peer=''
+        fi
         printf '\r%s: round %s of %s' "$(basename "$1" .gguf)" "$round" "$ROUNDS" >&2
     done
     printf '\r%60s\r' '' >&2

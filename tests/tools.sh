@@ -56,6 +56,7 @@ await() { # URL: until it answers
 serve() { # LOG ARGUMENTS...: a worker; sets $worker and $url
     log=$1
     shift
+    : >"$log.port" # of an earlier run
     "$LORCH" "$@" >"$log.port" 2>"$log" &
     worker=$!
     pids="$pids $worker"
@@ -77,7 +78,8 @@ streams_through() { # NAME URL
     curl -sN --trace-time --trace-ascii - -o /dev/null "$2/execute" -H "$type_json" \
         -d "{\"job_id\":\"$1-$$\",\"prompt\":\"$STORY\",\"max_tokens\":100,\"ignore_eos\":true,\"seed\":1}" >$W/"$1".trace 2>&1
     pieces=$(grep -c 'Recv data' $W/"$1".trace)
-    spread=$(awk '/Recv data/ {split($1, t, ":"); s = t[1] * 3600 + t[2] * 60 + t[3]; if (!n++) first = s; last = s} END {printf "%d", (last - first) * 1000}' $W/"$1".trace)
+    spread=$(awk '/Recv data/ {split($1, t, ":"); last = t[1] * 3600 + t[2] * 60 + t[3]; if (!n++) first = last}
+        END {printf "%d", (last - first) * 1000}' $W/"$1".trace)
     if [ "$pieces" -ge 60 ] && [ "$spread" -ge 60 ]; then ok "$1: events arrive one by one"
     else fail "$1: events arrive one by one" "$pieces pieces for 100 tokens, within $spread ms"; fi
     echo "# $pieces pieces over $spread ms"
@@ -88,7 +90,8 @@ whole_through() { # NAME URL: the same text as without the proxy, and a cancelle
     out=$(curl -s -o /dev/null -w '%{http_code}' "$2/execute" -H "$type_json" -d '{')
     equal "$1: errors come through" "$out" 400
     (sleep 0.7; curl -s "$2/cancel" -H "$type_json" -d "{\"job_id\":\"$1-c-$$\"}" >/dev/null) &
-    out=$(curl -sN "$2/execute" -H "$type_json" -d "{\"job_id\":\"$1-c-$$\",\"prompt\":\"$STORY\",\"max_tokens\":2000,\"ignore_eos\":true}" | tail -n 2 | grep -o '"code":"[A-Z]*"')
+    out=$(curl -sN "$2/execute" -H "$type_json" -d "{\"job_id\":\"$1-c-$$\",\"prompt\":\"$STORY\",\"max_tokens\":2000,\"ignore_eos\":true}" |
+        tail -n 2 | grep -o '"code":"[A-Z]*"')
     equal "$1: cancel through it" "$out" '"code":"CANCELLED"'
 }
 
@@ -173,7 +176,8 @@ test_live() {
 
 test_valgrind() {
     need "valgrind: a short text, no error and no leak" valgrind || return
-    out=$(valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=all --show-leak-kinds=all "$LORCH" generate $MODEL -p "$STORY" -n 5 --temperature 0 2>$W/valgrind.log)
+    out=$(valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=all --show-leak-kinds=all "$LORCH" \
+        generate $MODEL -p "$STORY" -n 5 --temperature 0 2>$W/valgrind.log)
     code=$?
     if [ $code = 0 ] && [ -n "$out" ]; then ok "valgrind: a short text, no error and no leak"
     else fail "valgrind: a short text, no error and no leak" "exit status $code
