@@ -1855,6 +1855,16 @@ typedef struct { /* out[t][row] = weights[row] . act[t] */
     int64_t n_rows;
 } mat_product;
 
+/* Numbers of the KV cache. Q8_0: int8 codes, with a half-float scale for each 32 dimensions of a head. */
+enum mat_kv { MAT_KV_F32, MAT_KV_F16, MAT_KV_Q8_0 };
+
+/* Bytes of a block of one KV head: K as [head_dim][KV_BLOCK], then V as [KV_BLOCK][head_dim]; of Q8_0 the codes so,
+ * then the scales of K as [groups][KV_BLOCK] and of V as [KV_BLOCK][groups]. */
+static size_t mat_head_bytes(int head_dim, enum mat_kv kv) {
+    size_t values = (size_t)head_dim * KV_BLOCK * 2, groups = (size_t)(head_dim + 31) / 32;
+    return kv == MAT_KV_F32 ? values * 4 : kv == MAT_KV_F16 ? values * 2 : values + groups * KV_BLOCK * 2 * sizeof(uint16_t);
+}
+
 /* Bytes of scratch that multiply needs for a batch: 64 sums for each token, and the tiles. */
 static size_t mat_scratch(int n_tok) { return (size_t)n_tok * MAT_ROWS * sizeof(float) + 40960; }
 
@@ -1866,8 +1876,9 @@ typedef struct {
     const int32_t *group;          /* [n_groups + 1] first token of each run of at most ATTN_QUERIES / (n_head / n_head_kv) of one sequence */
     const char *layer;             /* this layer in block 0 of the pool */
     size_t block_bytes;            /* from one block to the next */
-    size_t head_bytes;             /* from one KV head to the next: K as [head_dim][KV_BLOCK], then V as [KV_BLOCK][head_dim] */
-    int is_f16, n_head, n_head_kv, head_dim;
+    size_t head_bytes;             /* from one KV head to the next: mat_head_bytes */
+    enum mat_kv kv;
+    int n_head, n_head_kv, head_dim;
     float scale;
 } mat_attention;
 
@@ -1888,7 +1899,7 @@ typedef struct {
     void (*quantise)(mat_act *a, unsigned kinds, int t);           /* token t, for the kinds in the bit set */
     void (*rms_norm)(float *out, const float *x, const float *w, int n, float eps);
     void (*rope)(float *x, const float *cos_sin, int n_rot, int pairs_apart);
-    void (*store)(char *head, const float *k, const float *v, int at, int head_dim, int is_f16);
+    void (*store)(char *head, const float *k, const float *v, int at, int head_dim, enum mat_kv kv);
     void (*attend)(const mat_attention *a, int group, int head_kv, void *scratch);
     void (*swiglu)(float *gate, const float *up, int64_t n);
     void (*add)(float *x, const float *y, int64_t n);
@@ -2115,9 +2126,9 @@ static int mat_selftest(int level, const quant_format *f, char *err, size_t cap)
 }
 
 /* Attention of n_tok tokens at the end of `length` positions, into out; 3 heads for each of 2 KV heads. */
-static int mat_selftest_attend(const mat_kernels *k, int head_dim, int length, int n_tok, int is_f16, float *out) {
+static int mat_selftest_attend(const mat_kernels *k, int head_dim, int length, int n_tok, enum mat_kv kv, float *out) {
     mat_random r = {(uint64_t)(head_dim * 7919 + length)};
-    size_t head_bytes = (size_t)head_dim * KV_BLOCK * 2 * (is_f16 ? 2 : 4), n_blocks = (size_t)(length + KV_BLOCK - 1) / KV_BLOCK;
+    size_t head_bytes = mat_head_bytes(head_dim, kv), n_blocks = (size_t)(length + KV_BLOCK - 1) / KV_BLOCK;
     size_t row = (size_t)(6 * head_dim), scratch_bytes = mat_attention_scratch(6, 2, head_dim);
     char *cache = sys_zalloc(n_blocks * 2, head_bytes), *scratch = sys_pages(scratch_bytes);
     float *x = sys_zalloc(row, 4 * (size_t)length);
@@ -2130,7 +2141,7 @@ static int mat_selftest_attend(const mat_kernels *k, int head_dim, int length, i
         mat_draw_floats(&r, x, row);
         for (size_t h = 0; h < 2; h++)
             k->store(cache + (block[t / KV_BLOCK] * 2 + h) * head_bytes, x + (size_t)head_dim * h, x + (size_t)head_dim * (2 + h),
-                     t % KV_BLOCK, head_dim, is_f16);
+                     t % KV_BLOCK, head_dim, kv);
     }
     for (int t = 0; ok && t < n_tok; t++) {
         pos[t] = length - n_tok + t, blocks[t] = block;
@@ -2139,7 +2150,7 @@ static int mat_selftest_attend(const mat_kernels *k, int head_dim, int length, i
     }
     if (ok) {
         group[groups] = n_tok;
-        mat_attention a = {x, out, pos, blocks, group, cache, 2 * head_bytes, head_bytes, is_f16, 6, 2, head_dim, 0.125f};
+        mat_attention a = {x, out, pos, blocks, group, cache, 2 * head_bytes, head_bytes, kv, 6, 2, head_dim, 0.125f};
         for (int g = 0; g < groups * 2; g++) k->attend(&a, g / 2, g % 2, scratch);
     }
     free(cache), free(x), free(pos), free(block), free(blocks), sys_pages_free(scratch, scratch_bytes);
@@ -2160,7 +2171,8 @@ static void mat_selftest_vectors_of(const mat_kernels *k, int n, float *out) {
 
 static int mat_selftest_vectors(int level, char *err, size_t cap) {
     static const int lengths[] = {4, 7, 16, 61, 64, 96, 333};
-    static const int dims[][4] = {{64, 1, 1, 1}, {64, 70, 70, 1}, {80, 200, 33, 1}, {128, 129, 5, 0}, {33, 65, 40, 1}}; /* head, positions, tokens, F16 */
+    static const int dims[][4] = {{64, 1, 1, MAT_KV_F16}, {64, 70, 70, MAT_KV_F16}, {80, 200, 33, MAT_KV_F16}, {128, 129, 5, MAT_KV_F32},
+                                  {33, 65, 40, MAT_KV_F16}, {80, 130, 1, MAT_KV_Q8_0}, {64, 140, 70, MAT_KV_Q8_0}}; /* head, positions, tokens */
     float *want = sys_zalloc(2, 70000 * sizeof(float)), *got = want + 70000;
     if (!want) return sys_fail(err, cap, "out of memory");
     for (int i = 0; i < 7; i++) {
@@ -2168,9 +2180,10 @@ static int mat_selftest_vectors(int level, char *err, size_t cap) {
         if (memcmp(want, got, (size_t)lengths[i] * 7 * sizeof(float)))
             return free(want), sys_fail(err, cap, "%s: the vectors of length %d differ from the scalar level's", mat_levels[level]->name, lengths[i]);
     }
-    for (int i = 0; i < 5; i++) {
+    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) {
         const int *d = dims[i];
-        if (!mat_selftest_attend(mat_levels[0], d[0], d[1], d[2], d[3], want) || !mat_selftest_attend(mat_levels[level], d[0], d[1], d[2], d[3], got))
+        enum mat_kv kv = (enum mat_kv)d[3];
+        if (!mat_selftest_attend(mat_levels[0], d[0], d[1], d[2], kv, want) || !mat_selftest_attend(mat_levels[level], d[0], d[1], d[2], kv, got))
             return free(want), sys_fail(err, cap, "out of memory");
         if (memcmp(want, got, (size_t)(6 * d[0] * d[2]) * sizeof(float)))
             return free(want), sys_fail(err, cap, "%s: attention (head %d, %d positions) differs from the scalar level's",
@@ -3119,9 +3132,52 @@ static void FN(mat_exp_shifted)(float *out, const float *x, int64_t n, float shi
 
 /* ---- attention ---- */
 
+/* Quantises a head's vector by groups of 32 dimensions, the last padded with zeros. */
+LORCH_INLINE void FN(mat_quantise_head)(const float *x, int head_dim, int8_t *q, uint16_t *d) {
+    for (int from = 0, g = 0; from < head_dim; from += 32, g++) {
+        float group[32] = {0}, scale;
+        int n = head_dim - from < 32 ? head_dim - from : 32;
+        memcpy(group, x + from, (size_t)n * sizeof *group);
+        quant_activations(group, 32, q + from, &scale);
+        d[g] = num_to_f16(scale);
+    }
+}
+
+LORCH_INLINE void FN(mat_store_q8)(char *head, const float *k, const float *v, int at, int head_dim) {
+    int8_t q[MAX_HEAD_DIM + 32], *ks = (int8_t *)head, *vs = ks + head_dim * KV_BLOCK;
+    int groups = (head_dim + 31) / 32;
+    uint16_t d[MAX_HEAD_DIM / 32 + 1], *kd = (uint16_t *)(void *)(vs + head_dim * KV_BLOCK), *vd = kd + groups * KV_BLOCK;
+    FN(mat_quantise_head)(k, head_dim, q, d);
+    for (int i = 0; i < head_dim; i++) ks[i * KV_BLOCK + at] = q[i];
+    for (int g = 0; g < groups; g++) kd[g * KV_BLOCK + at] = d[g];
+    FN(mat_quantise_head)(v, head_dim, q, d);
+    memcpy(vs + at * head_dim, q, (size_t)head_dim);
+    memcpy(vd + at * groups, d, (size_t)groups * sizeof *d);
+}
+
+/* The floats of a Q8_0 block: each the exact product of its code and its scale. */
+static void FN(mat_from_q8)(const char *head, float *k, float *v, int head_dim) {
+    const int8_t *ks = (const int8_t *)head, *vs = ks + head_dim * KV_BLOCK;
+    int groups = (head_dim + 31) / 32;
+    const uint16_t *kd = (const uint16_t *)(const void *)(vs + head_dim * KV_BLOCK), *vd = kd + groups * KV_BLOCK;
+    float scale[KV_BLOCK];
+    for (int i = 0; i < head_dim; i++) {
+        if (i % 32 == 0)
+            for (int j = 0; j < KV_BLOCK; j++) scale[j] = num_from_f16(kd[i / 32 * KV_BLOCK + j]);
+        for (int j = 0; j < KV_BLOCK; j++) k[i * KV_BLOCK + j] = ks[i * KV_BLOCK + j] * scale[j];
+    }
+    for (int j = 0; j < KV_BLOCK; j++)
+        for (int g = 0; g < groups; g++) {
+            float d = num_from_f16(vd[j * groups + g]);
+            int to = g * 32 + 32 < head_dim ? g * 32 + 32 : head_dim;
+            for (int i = g * 32; i < to; i++) v[j * head_dim + i] = vs[j * head_dim + i] * d;
+        }
+}
+
 /* Stores one token's key and value of one KV head at position `at` of its block. */
-static void FN(mat_store)(char *head, const float *k, const float *v, int at, int head_dim, int is_f16) {
-    if (is_f16) {
+static void FN(mat_store)(char *head, const float *k, const float *v, int at, int head_dim, enum mat_kv kv) {
+    if (kv == MAT_KV_Q8_0) FN(mat_store_q8)(head, k, v, at, head_dim);
+    else if (kv == MAT_KV_F16) {
         uint16_t *ks = (uint16_t *)(void *)head, *vs = ks + head_dim * KV_BLOCK, half[MAX_HEAD_DIM];
         for (int d = 0; d < head_dim; d++) half[d] = num_to_f16(k[d]), vs[at * head_dim + d] = num_to_f16(v[d]);
         for (int d = 0; d < head_dim; d++) ks[d * KV_BLOCK + at] = half[d];
@@ -3184,13 +3240,16 @@ LORCH_INLINE void FN(mat_attend_product)(int half, int queries, int columns, con
 
 /* All queries against block b of their sequence; tokens from `from` on, token i sees positions up to pos[i]. */
 static void FN(mat_attend_block)(const mat_attention *a, const FN(mat_attending) *w, const int32_t *pos, int b, const char *head) {
-    int hd = a->head_dim, heads = w->heads, first = 0, half = a->is_f16;
+    int hd = a->head_dim, heads = w->heads, first = 0, half = a->kv == MAT_KV_F16;
     while (pos[first] < b * KV_BLOCK) first++; /* tokens before this block */
     int queries = (w->n_tok - first) * heads, from = first * heads;
     const char *k = head, *v = head + (size_t)hd * KV_BLOCK * (half ? 2 : 4);
     if (half && queries > 6) {
         FN(mat_to_floats)(w->k, (const uint16_t *)(const void *)head, 2 * hd * KV_BLOCK); /* v follows k in both */
         k = (const char *)w->k, v = (const char *)w->v, half = 0;
+    } else if (a->kv == MAT_KV_Q8_0) {
+        FN(mat_from_q8)(head, w->k, w->v, hd);
+        k = (const char *)w->k, v = (const char *)w->v;
     }
     memset(w->s + from * KV_BLOCK, 0, (size_t)queries * KV_BLOCK * sizeof(float));
     FN(mat_attend_product)(half, queries, KV_BLOCK, w->q + from * hd, hd, k, hd, w->s + from * KV_BLOCK, KV_BLOCK);
@@ -4136,7 +4195,8 @@ static tok *tok_load(const gguf_file *g, const char *pre, char *err, size_t cap)
 enum { KV_NONE = -1 };
 
 typedef struct {
-    int n_layer, n_head_kv, head_dim, is_f16;
+    int n_layer, n_head_kv, head_dim;
+    enum mat_kv kv;
     size_t head_bytes, layer_bytes, block_bytes;
 } kv_layout;
 
@@ -4169,9 +4229,8 @@ typedef struct {
     int n_published;    /* of these, from the first on: shared or offered for sharing */
 } kv_seq;
 
-static kv_layout kv_layout_of(int n_layer, int n_head_kv, int head_dim, int is_f16) {
-    kv_layout l = {n_layer, n_head_kv, head_dim, is_f16, 0, 0, 0};
-    l.head_bytes = (size_t)head_dim * KV_BLOCK * 2 * (is_f16 ? 2 : 4);
+static kv_layout kv_layout_of(int n_layer, int n_head_kv, int head_dim, enum mat_kv kv) {
+    kv_layout l = {n_layer, n_head_kv, head_dim, kv, mat_head_bytes(head_dim, kv), 0, 0};
     l.layer_bytes = l.head_bytes * (size_t)n_head_kv;
     l.block_bytes = l.layer_bytes * (size_t)n_layer;
     return l;
@@ -4816,7 +4875,7 @@ static void model_store_token(void *ctx, int64_t t, int thread) {
     int pos = r->batch->pos[t];
     char *block = r->kv_layer + r->batch->blocks[t][pos / KV_BLOCK] * r->kv->layout.block_bytes;
     for (int h = 0; h < m->n_head_kv; h++)
-        r->k->store(block + (size_t)h * r->kv->layout.head_bytes, k + h * m->head_dim, v + h * m->head_dim, pos % KV_BLOCK, m->head_dim, r->kv->layout.is_f16);
+        r->k->store(block + (size_t)h * r->kv->layout.head_bytes, k + h * m->head_dim, v + h * m->head_dim, pos % KV_BLOCK, m->head_dim, r->kv->layout.kv);
 }
 
 static void model_attend_item(void *ctx, int64_t item, int thread) {
@@ -4834,7 +4893,7 @@ static void model_attend(model_run *r) {
         if (t == 0 || b->blocks[t] != b->blocks[t - 1] || t - r->group[groups - 1] == most) r->group[groups++] = t;
     r->group[groups] = b->n;
     mat_attention a = {r->q, r->att, b->pos, b->blocks, r->group, r->kv_layer, r->kv->layout.block_bytes, r->kv->layout.head_bytes,
-                       r->kv->layout.is_f16, m->n_head, m->n_head_kv, m->head_dim, m->attn_scale};
+                       r->kv->layout.kv, m->n_head, m->n_head_kv, m->head_dim, m->attn_scale};
     void *ctx[2] = {&a, r};
     pool_run(r->threads, model_attend_item, ctx, (int64_t)groups * m->n_head_kv);
 }
@@ -6067,12 +6126,16 @@ static int engine_max_rows(const lorch_options *o) { /* tokens in one batch */
     return o->chunk > decode ? o->chunk : decode;
 }
 
+static enum mat_kv engine_kv_of(const lorch_options *o) {
+    return o->kv_type == LORCH_KV_F32 ? MAT_KV_F32 : o->kv_type == LORCH_KV_Q8_0 ? MAT_KV_Q8_0 : MAT_KV_F16;
+}
+
 /* Sizes the context and the KV pool, and refuses what memory cannot hold, with the numbers. */
 static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, size_t cap) {
     const model *m = e->m;
     lorch_options *o = &e->options;
     uint64_t available = sys_memory_available();
-    *layout = kv_layout_of(m->n_layer, m->n_head_kv, m->head_dim, !o->kv_f32);
+    *layout = kv_layout_of(m->n_layer, m->n_head_kv, m->head_dim, engine_kv_of(o));
     if (o->n_ctx > m->n_ctx_train)
         return sys_fail(err, cap, "--context %d is more than the %d positions that the model was made for", o->n_ctx, m->n_ctx_train);
     e->n_ctx = o->n_ctx ? o->n_ctx : m->n_ctx_train;
@@ -6268,7 +6331,7 @@ lorch *lorch_load(const char *path, const lorch_options *options, char error[LOR
     lorch_options o;
     lorch_defaults(&o);
     if (options) o = *options;
-    if (o.n_parallel < 1 || o.n_parallel > MAX_PARALLEL || o.n_queue < 0 || o.n_queue > MAX_QUEUE || o.chunk < 0 || o.chunk > 1024 || o.n_ctx < 0)
+    if (o.n_parallel < 1 || o.n_parallel > MAX_PARALLEL || o.n_queue < 0 || o.n_queue > MAX_QUEUE || o.chunk < 0 || o.chunk > 1024 || (int)o.kv_type < 0 || o.kv_type > LORCH_KV_Q8_0 || o.n_ctx < 0)
         return sys_fail(error, LORCH_ERROR_BYTES, "an option is out of range"), NULL;
     lorch *l = sys_zalloc(1, sizeof *l);
     model *m = l ? model_load(path, o.pre, error, LORCH_ERROR_BYTES) : NULL;
@@ -7996,7 +8059,7 @@ static const cli_option cli_options[] = {
     {"gpu-device", 0, CLI_STRING, CLI_SERVE, F(gpu_device), 0, 0, 0, "N", "accepted and ignored: this is a CPU worker"},
     {"context", 0, CLI_INT, CLI_ENGINE, F(context), 1, MAX_CONTEXT, 0, "N", "positions of prompt and output together; default the model's, if they fit"},
     {"threads", "t", CLI_INT, CLI_ENGINE, F(threads), 1, MAX_THREADS, 0, "N", "compute threads; default by affinity, CPU quota and physical cores"},
-    {"kv-type", 0, CLI_CHOICE, CLI_ENGINE, F(kv_type), 0, 0, "f16", "f16|f32", "numbers in the KV cache; default f16"},
+    {"kv-type", 0, CLI_CHOICE, CLI_ENGINE, F(kv_type), 0, 0, "f16", "f16|f32|q8_0", "numbers in the KV cache; default f16"},
     {"kv-cache-size-mb", 0, CLI_INT, CLI_SERVE, F(kv_cache_mb), 1, 1e12, 0, "N", "MiB of KV cache; default parallel x context, at most a quarter of free memory"},
     {"chunk", 0, CLI_INT, CLI_ENGINE, F(chunk), 1, 1024, 0, "N", "most prompt tokens in one step; default 192"},
     {"no-speculate", 0, CLI_SWITCH, CLI_SERVE | CLI_GENERATE, F(no_speculate), 0, 0, 0, 0, "decode one token a step, without looking ahead in repeated text"},
@@ -8262,7 +8325,7 @@ static void cli_help(void) {
 static void cli_engine_options(const cli_settings *c, lorch_options *o) {
     lorch_defaults(o);
     o->n_threads = (int)c->threads, o->n_ctx = (int)c->context, o->chunk = (int)c->chunk;
-    o->kv_f32 = c->kv_type && strcmp(c->kv_type, "f32") == 0;
+    if (c->kv_type) o->kv_type = strcmp(c->kv_type, "f32") == 0 ? LORCH_KV_F32 : strcmp(c->kv_type, "q8_0") == 0 ? LORCH_KV_Q8_0 : LORCH_KV_F16;
     o->pre = c->pre, o->no_speculate = c->no_speculate;
     if (c->command == CLI_SERVE) o->n_parallel = (int)c->parallel, o->n_queue = (int)c->queue, o->kv_bytes = (uint64_t)c->kv_cache_mb << 20;
     else o->n_parallel = 1;
@@ -8712,7 +8775,7 @@ static int cli_inspect(cli_settings *c) {
         buf_putc(&b, '{');
         json_kv_str(&b, "architecture", gguf_get_str(g, "general.architecture"));
         if (m) {
-            kv_layout kv = kv_layout_of(m->n_layer, m->n_head_kv, m->head_dim, 1);
+            kv_layout kv = kv_layout_of(m->n_layer, m->n_head_kv, m->head_dim, MAT_KV_F16);
             cli_put_model(&b, m, &kv, model_run_bytes(m, sys_default_threads(&reason), MODEL_CHUNK, 4));
         }
         json_kv_bool(&b, "vocabulary_only", vocab_only);
@@ -8807,7 +8870,9 @@ static int cli_run_open(cli_run *r, const cli_settings *c, int n_ctx, int min_ba
     r->n_ctx = n_ctx, r->chunk = c->chunk ? (int)c->chunk : MODEL_CHUNK;
     int most = r->chunk > min_batch ? r->chunk : min_batch;
     pool_start(&r->threads, c->threads ? (int)c->threads : sys_default_threads(&reason));
-    kv_layout layout = kv_layout_of(r->m->n_layer, r->m->n_head_kv, r->m->head_dim, strcmp(c->kv_type, "f32") != 0);
+    lorch_options o;
+    cli_engine_options(c, &o);
+    kv_layout layout = kv_layout_of(r->m->n_layer, r->m->n_head_kv, r->m->head_dim, engine_kv_of(&o));
     if (kv_pool_open(&r->kv, layout, kv_blocks_for(n_ctx)) && model_run_open(&r->run, r->m, k, &r->threads, &r->kv, most, max_logits ? max_logits : most)) return 1;
     cli_run_close(r);
     return cli_fail("INSUFFICIENT_MEMORY: cannot allocate the KV cache and scratch"), 0;

@@ -30,6 +30,8 @@ typedef struct lorch lorch;
 
 enum { LORCH_ERROR_BYTES = 512 }; /* room enough for every message */
 
+typedef enum { LORCH_KV_F16, LORCH_KV_F32, LORCH_KV_Q8_0 } lorch_kv_type;
+
 typedef struct {
     int n_threads;        /* compute threads; 0: affinity, CPU quota and physical cores decide */
     int n_ctx;            /* positions in a sequence, prompt and output together; 0: the model's, if it fits */
@@ -37,7 +39,7 @@ typedef struct {
     int n_queue;          /* generations that may wait. Default 32 */
     int chunk;            /* prompt tokens that are computed in one step at most; 0: 192 */
     int no_speculate;     /* decode one token a step. The output is the same; where text repeats, it comes slower */
-    int kv_f32;           /* KV cache in F32 instead of F16 */
+    lorch_kv_type kv_type; /* numbers in the KV cache */
     uint64_t kv_bytes;    /* size of the KV pool; 0: n_parallel x n_ctx, at most a quarter of available memory */
     const char *pre;      /* pre-tokenizer to use instead of the one that the file names; NULL: the file's */
 } lorch_options;

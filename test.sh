@@ -27,7 +27,7 @@ MAX_COLUMNS=170 MAX_FUNCTION=70 MAX_UNMARKED=500
 LONG_FUNCTIONS=''
 STRICT='-std=c99 -pedantic -Wall -Wextra -Wshadow -Wconversion -Wundef -Wmissing-prototypes -Wstrict-prototypes'
 SANITIZE='-fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all -fno-var-tracking -g1 -O1'
-GROUPS_ALL='build shape unit embed accuracy tokenizer badgguf contract execute wire load curl config asan tsan tools'
+GROUPS_ALL='build shape unit embed accuracy tokenizer badgguf contract execute wire load curl config asan tsan tools same'
 PROGRAMS='unit embed accuracy tokenizer badgguf contract execute wire load'
 
 # ==== Results ====================================================================================
@@ -413,6 +413,7 @@ took "curl and config"
 wanted asan && test_asan && took asan
 wanted tsan && test_tsan && took tsan
 wanted tools && run tools tests/tools.sh && took tools
+wanted same && run same tests/same.sh && took same
 echo "1..$n"
 if [ -n "$pattern" ] && [ $n = 0 ]; then echo "# no test is called that"; fi
 echo "$passed passed, $failed failed, $skipped skipped"

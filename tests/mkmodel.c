@@ -161,6 +161,63 @@ static void mk_fill_q6_k(uint64_t *rng, uint8_t *p, int64_t std28) {
     mk_put(p + 208, mk_scale(rng, std28, 74 * 37 / 2, NULL), 2);
 }
 
+/* Q4_1 and Q5_1: d, m, codes of 4 bits or 4 + 1; a weight is d*code + m, and m = -d * (largest code)/2. */
+static void mk_fill_with_min(uint64_t *rng, uint8_t *p, int64_t std28, int max_code, size_t bytes) {
+    uint64_t jitter = 0;
+    int64_t spread = max_code == 15 ? 5 : 9;
+    mk_put(p, mk_scale(rng, std28, spread, &jitter), 2);
+    mk_put(p + 2, (uint64_t)mk_scale(rng, std28 * max_code / 2, spread, &jitter) | 0x8000, 2);
+    mk_bytes(rng, p + 4, bytes - 4);
+}
+
+static void mk_fill_q4_1(uint64_t *rng, uint8_t *p, int64_t std28) {
+    mk_fill_with_min(rng, p, std28, 15, 20);
+}
+
+static void mk_fill_q5_1(uint64_t *rng, uint8_t *p, int64_t std28) {
+    mk_fill_with_min(rng, p, std28, 31, 24);
+}
+
+/* Q5_0: d, 32 codes of 0..31 less 16, spread 9.2. */
+static void mk_fill_q5_0(uint64_t *rng, uint8_t *p, int64_t std28) {
+    mk_put(p, mk_scale(rng, std28, 9, NULL), 2);
+    mk_bytes(rng, p + 2, 20);
+}
+
+/* Q2_K: 16 bytes of 4-bit scale and min, 64 of codes 0..3, d, dmin = 1.5 d to centre the weights. */
+static void mk_fill_q2_k(uint64_t *rng, uint8_t *p, int64_t std28) {
+    uint64_t jitter = 0;
+    mk_bytes(rng, p, 80);
+    mk_put(p + 80, mk_scale(rng, std28, 14, &jitter), 2);
+    mk_put(p + 82, mk_scale(rng, std28 * 3 / 2, 14, &jitter), 2);
+}
+
+/* Q3_K: codes of -4..3 (spread 2.3) in 32 + 64 bytes, 16 scales of 6 bits less 32 (spread 18.5), d. */
+static void mk_fill_q3_k(uint64_t *rng, uint8_t *p, int64_t std28) {
+    mk_bytes(rng, p, 108);
+    mk_put(p + 108, mk_scale(rng, std28, 43, NULL), 2);
+}
+
+/* IQ4_NL and IQ4_XS: indices into a curve of 16 values from -127 to 113, spread 75; XS has 8 scales of
+ * 6 bits less 32 besides. */
+static void mk_fill_iq4_nl(uint64_t *rng, uint8_t *p, int64_t std28) {
+    mk_put(p, mk_scale(rng, std28, 75, NULL), 2);
+    mk_bytes(rng, p + 2, 16);
+}
+
+static void mk_fill_iq4_xs(uint64_t *rng, uint8_t *p, int64_t std28) {
+    mk_put(p, mk_scale(rng, std28, 75 * 37 / 2, NULL), 2);
+    mk_bytes(rng, p + 2, 134);
+}
+
+/* MXFP4: a power of two, and values of 0 to 6 with a sign, spread 2.9. */
+static void mk_fill_mxfp4(uint64_t *rng, uint8_t *p, int64_t std28) {
+    int exponent = -1;
+    for (int64_t s = std28; s > 1; s /= 2) exponent++;
+    p[0] = (uint8_t)(127 - 28 + exponent - (int)(mk_random(rng) & 1));
+    mk_bytes(rng, p + 1, 16);
+}
+
 typedef struct {
     const char *name;
     uint32_t id;       /* in the tensor header */
@@ -179,6 +236,14 @@ static const mk_format mk_formats[] = {
     {"q5_k", 13, 17, 256, 176, mk_fill_q5_k},
     {"q6_k", 14, 18, 256, 210, mk_fill_q6_k},
     {"bf16", 30, 32, 1, 2, mk_fill_bf16},
+    {"q4_1", 3, 3, 32, 20, mk_fill_q4_1},
+    {"q5_0", 6, 8, 32, 22, mk_fill_q5_0},
+    {"q5_1", 7, 9, 32, 24, mk_fill_q5_1},
+    {"q2_k", 10, 10, 256, 84, mk_fill_q2_k},
+    {"q3_k", 11, 12, 256, 110, mk_fill_q3_k},
+    {"iq4_nl", 20, 25, 32, 18, mk_fill_iq4_nl},
+    {"iq4_xs", 23, 30, 256, 136, mk_fill_iq4_xs},
+    {"mxfp4", 39, 38, 32, 17, mk_fill_mxfp4},
 };
 
 static const mk_format *mk_find_format(const char *name) {

@@ -49,6 +49,14 @@ const MADE = {
     "mk-llama-mixed.gguf": ["llama f32 seed=17 tensor:blk.0.ffn_up.weight:format=q8_0 " +
         "tensor:blk.1.attn_v.weight:format=q4_0 tensor:blk.2.ffn_down.weight:format=bf16 " +
         "tensor:output.weight:format=f16", 0.1],
+    "mk-llama-q4_1.gguf": ["llama q4_1 seed=18", 0.3],
+    "mk-qwen2-q5_0.gguf": ["qwen2 q5_0 hd=24 seed=19", 0.15],
+    "mk-llama-q5_1.gguf": ["llama q5_1 seed=20", 0.3],
+    "mk-llama-q2_k.gguf": ["llama q2_k seed=21", 0.3],
+    "mk-qwen3-q3_k.gguf": ["qwen3 q3_k seed=22", 0.3],
+    "mk-llama-iq4_nl.gguf": ["llama iq4_nl seed=23", 0.15],
+    "mk-llama-iq4_xs.gguf": ["llama iq4_xs seed=24", 0.3],
+    "mk-llama-mxfp4.gguf": ["llama mxfp4 seed=25", 0.15],
 };
 
 // tier, directory below SHARED, text, does the text hold control tokens, files with tolerances
