@@ -3366,11 +3366,14 @@ static const mat_kernels FN(mat_table) = {
 
 /* ==== Thread pool ==========================================================================
  * pool_run(fn, ctx, n) calls fn(ctx, item, thread) for every item of 0..n-1 on all threads, the caller's
- * included, and returns when all are done. Items are handed out one by one, so a thread whose core is
- * taken away costs only its share. Workers spin for a few microseconds after work, then sleep: idle
- * threads use no CPU. One pool_run at a time; items must not depend on each other. */
+ * included, and returns when all are done. Items are handed out one by one, and a worker that has not come
+ * by the time when all are taken is not waited for, so a thread whose core is taken away costs only its share.
+ * Workers spin for a few microseconds after work, then sleep: idle threads use no CPU. One pool_run at a time;
+ * items must not depend on each other. */
 
 typedef void (*pool_fn)(void *ctx, int64_t item, int thread);
+
+enum { POOL_INSIDE = (1 << 10) - 1, POOL_OPEN = 1 << 10, POOL_ROUND = 1 << 11 }; /* the parts of a gate */
 
 typedef struct {
     int n_threads;      /* the caller of pool_run is thread 0 */
@@ -3378,9 +3381,8 @@ typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t wake;
     int started, sleeping; /* under lock */
-    unsigned round;     /* atomic: counts the calls of pool_run */
+    unsigned gate;      /* atomic: the number of the round, times POOL_ROUND; POOL_OPEN while it may be entered; workers inside */
     int stop;           /* atomic */
-    int busy;           /* atomic: workers that have not finished this round */
     intptr_t next;      /* atomic: the first item that nobody has taken */
     intptr_t n_items;
     pool_fn fn;
@@ -3408,19 +3410,28 @@ static void pool_work(pool *p, int thread) {
     }
 }
 
-/* Waits for the round after `seen`: spinning first, since the next product is a microsecond away. */
+static unsigned pool_round(pool *p) { return __atomic_load_n(&p->gate, __ATOMIC_ACQUIRE) & ~(unsigned)(POOL_ROUND - 1); }
+
+/* Waits for a round other than `seen`: spinning first, since the next product is a microsecond away. */
 static unsigned pool_await(pool *p, unsigned seen) {
     unsigned round;
     for (int spin = 0; spin < 4000; spin++) {
-        if ((round = __atomic_load_n(&p->round, __ATOMIC_ACQUIRE)) != seen) return round;
+        if ((round = pool_round(p)) != seen) return round;
         pool_pause();
     }
     pthread_mutex_lock(&p->lock);
     p->sleeping++;
-    while ((round = __atomic_load_n(&p->round, __ATOMIC_ACQUIRE)) == seen) pthread_cond_wait(&p->wake, &p->lock);
+    while ((round = pool_round(p)) == seen) pthread_cond_wait(&p->wake, &p->lock);
     p->sleeping--;
     pthread_mutex_unlock(&p->lock);
     return round;
+}
+
+static int pool_enter(pool *p, unsigned round) { /* 0: too late */
+    unsigned gate = __atomic_load_n(&p->gate, __ATOMIC_RELAXED);
+    while ((gate & ~(unsigned)POOL_INSIDE) == (round | POOL_OPEN))
+        if (__atomic_compare_exchange_n(&p->gate, &gate, gate + 1, 1, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) return 1;
+    return 0;
 }
 
 static void *pool_worker(void *arg) {
@@ -3432,32 +3443,34 @@ static void *pool_worker(void *arg) {
     for (unsigned seen = 0;;) {
         seen = pool_await(seat.p, seen);
         if (__atomic_load_n(&seat.p->stop, __ATOMIC_ACQUIRE)) return NULL;
+        if (!pool_enter(seat.p, seen)) continue;
         pool_work(seat.p, seat.thread);
-        __atomic_fetch_sub(&seat.p->busy, 1, __ATOMIC_RELEASE);
+        __atomic_fetch_sub(&seat.p->gate, 1, __ATOMIC_RELEASE);
     }
 }
 
 /* Begins a round: publishes the work, then wakes whoever sleeps. */
 static void pool_announce(pool *p) {
     pthread_mutex_lock(&p->lock);
-    __atomic_fetch_add(&p->round, 1, __ATOMIC_RELEASE);
+    __atomic_store_n(&p->gate, (pool_round(p) + POOL_ROUND) | POOL_OPEN, __ATOMIC_RELEASE);
     if (p->sleeping) pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->lock);
 }
 
 static void pool_run(pool *p, pool_fn fn, void *ctx, int64_t n_items) {
-    p->fn = fn, p->ctx = ctx, p->n_items = (intptr_t)n_items;
+    p->fn = fn, p->ctx = ctx, p->n_items = (intptr_t)n_items; /* nobody is inside who could look at them */
     __atomic_store_n(&p->next, 0, __ATOMIC_RELAXED);
     if (p->n_threads == 1 || n_items == 1) {
         pool_work(p, 0);
         return;
     }
-    __atomic_store_n(&p->busy, p->n_threads - 1, __ATOMIC_RELAXED);
     pool_announce(p);
     pool_work(p, 0);
-    for (int spin = 0; __atomic_load_n(&p->busy, __ATOMIC_ACQUIRE); spin++) {
+    unsigned gate = __atomic_and_fetch(&p->gate, ~(unsigned)POOL_OPEN, __ATOMIC_ACQUIRE);
+    for (int spin = 0; gate & POOL_INSIDE; spin++) {
         if (spin < 1000) pool_pause();
-        else sched_yield(); /* a worker has lost its core: leave it ours */
+        else sched_yield(); /* a worker has lost its core in the midst of an item: leave it ours */
+        gate = __atomic_load_n(&p->gate, __ATOMIC_ACQUIRE);
     }
 }
 
