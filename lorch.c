@@ -6344,7 +6344,8 @@ lorch *lorch_load(const char *path, const lorch_options *options, char error[LOR
     lorch_options o;
     lorch_defaults(&o);
     if (options) o = *options;
-    if (o.n_parallel < 1 || o.n_parallel > MAX_PARALLEL || o.n_queue < 0 || o.n_queue > MAX_QUEUE || o.chunk < 0 || o.chunk > 1024 || (int)o.kv_type < 0 || o.kv_type > LORCH_KV_Q8_0 || o.n_ctx < 0)
+    if (o.n_parallel < 1 || o.n_parallel > MAX_PARALLEL || o.n_queue < 0 || o.n_queue > MAX_QUEUE || o.chunk < 0 || o.chunk > 1024 ||
+        (int)o.kv_type < 0 || o.kv_type > LORCH_KV_Q8_0 || o.n_ctx < 0)
         return sys_fail(error, LORCH_ERROR_BYTES, "an option is out of range"), NULL;
     lorch *l = sys_zalloc(1, sizeof *l);
     model *m = l ? model_load(path, o.pre, error, LORCH_ERROR_BYTES) : NULL;
