@@ -234,6 +234,21 @@ test_arm64() {
     equal "arm64: the same story" "$(story $arm)" "$(story "$LORCH")"
 }
 
+# llama.cpp's library comes with an npm package, which goes into a directory of its own outside the repository.
+test_ggml() {
+    name='the values of all formats are llama.cpp'"'"'s'
+    need "$name" npm && full "$name" || return
+    case $(uname -sm) in "Linux x86_64") arch=linux-x64 ;; "Linux aarch64") arch=linux-arm64 ;; *) skip "$name" "no package for $(uname -sm)"; return ;; esac
+    npm=${LORCH_BENCH_NPM:-${TMPDIR:-/tmp}/lorch-bench-npm}
+    library=$npm/node_modules/@node-llama-cpp/$arch/bins/$arch/libggml-base.so
+    if [ ! -e "$library" ]; then
+        mkdir -p "$npm" && (cd "$npm" && npm install --no-save --no-audit --no-fund "@node-llama-cpp/$arch" >npm.log 2>&1)
+    fi
+    [ -e "$library" ] || { fail "$name" "npm install: $(tail -n 3 "$npm/npm.log")"; return; }
+    out=$(cc -std=gnu99 -O1 -w tests/ggml.c -o $W/ggml -ldl -lpthread -lm 2>&1) || { fail "$name" "$out"; return; }
+    $W/ggml "$library" || status=1
+}
+
 test_install() {
     full "make install" || return
     out=$(make -s install DESTDIR="$PWD/$W/dest" PREFIX=/usr 2>&1)
@@ -249,5 +264,6 @@ wanted valgrind && test_valgrind
 wanted musl && test_musl
 wanted i386 && test_i386
 wanted arm64 && test_arm64
+wanted ggml && test_ggml
 wanted install && test_install
 exit $status
