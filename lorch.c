@@ -3514,7 +3514,7 @@ enum tok_flag { TOK_BOS = 1, TOK_SPECIAL = 2 }; /* add BOS if the file says so; 
 
 typedef struct {        /* a set of code points */
     uint32_t categories; /* bit per unicode_category */
-    uint32_t lo[8], hi[8];
+    uint32_t lo[12], hi[12];
     int n_ranges, space, negated;
 } tok_set;
 
@@ -3542,11 +3542,15 @@ typedef struct {
 #define TOK_GPT2 "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)"
 #define TOK_CONTRACTIONS "'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|"
 #define TOK_WORDS " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+#define TOK_LLAMA3 TOK_CONTRACTIONS "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|" TOK_WORDS
 static const tok_pre tok_pres[] = {
     {"default", {"[\\p{P}\\$\\+<=>\\^~\\|]+", TOK_GPT2, "\\p{N}+", "[0-9][0-9][0-9]"}, 0, 0},
-    {"gpt-2", {TOK_GPT2}, 0, 0},
-    {"llama-bpe llama3 llama-v3", {TOK_CONTRACTIONS "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|" TOK_WORDS}, 1, 1},
-    {"qwen2", {TOK_CONTRACTIONS "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|" TOK_WORDS}, 0, 0},
+    {"gpt-2 phi-2 mpt olmo jais", {TOK_GPT2}, 0, 0},
+    {"llama-bpe llama3 llama-v3 falcon3 pixtral", {TOK_LLAMA3}, 1, 1},
+    {"dbrx smaug-bpe", {TOK_LLAMA3}, 0, 0},
+    {"qwen2 deepseek-r1-qwen", {TOK_CONTRACTIONS "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|" TOK_WORDS}, 0, 0},
+    {"smollm starcoder refact command-r codeshell exaone", {"\\p{N}", TOK_GPT2}, 0, 0},
+    {"falcon", {"[\\p{P}\\$\\+<=>\\^~\\|`]+", TOK_GPT2, "[0-9][0-9][0-9]"}, 0, 0},
 };
 
 static int tok_set_has(const tok_set *s, uint32_t cp, int category) {
@@ -4097,11 +4101,11 @@ static int tok_find_pre(tok *t, str want) {
 
 static int tok_load_pre(tok *t, const gguf_file *g, const char *override, char *err, size_t cap) {
     str want = override && *override ? str_of(override) : gguf_get_str(g, "tokenizer.ggml.pre");
-    char names[256] = "", shown[96];
+    char names[512] = "", shown[96];
     if (want.len == 0) want = str_of("default");
     if (tok_find_pre(t, want)) return 1;
     for (size_t i = 0; i < sizeof tok_pres / sizeof *tok_pres; i++)
-        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%.*s", i ? ", " : "", (int)strcspn(tok_pres[i].names, " "), tok_pres[i].names);
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? " " : "", tok_pres[i].names);
     return sys_fail(err, cap, "%s: pre-tokenizer '%s' is not supported; supported: %s (--pre NAME chooses one)", g->path, gguf_show(want, shown), names);
 }
 

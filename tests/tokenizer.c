@@ -177,6 +177,7 @@ static const struct back_case {
      {"vocab_only=1", "tokenizer=bpe", "arch=mamba"}},
     {"the gpt-2 vocabulary", "testdata/vocab/ggml-vocab-gpt-2.gguf", {NULL}},
     {"the qwen2 vocabulary", "testdata/vocab/ggml-vocab-qwen2.gguf", {NULL}},
+    {"the mpt vocabulary", "testdata/vocab/ggml-vocab-mpt.gguf", {NULL}},
     {"the phi-3 vocabulary", "testdata/vocab/ggml-vocab-phi-3.gguf", {NULL}},
     {"the vocabulary of stories260K", "testdata/models/stories260K.gguf", {NULL}},
     {"the vocabulary of lorch-tiny", "models/lorch-tiny-q8_0.gguf", {NULL}},
@@ -273,10 +274,10 @@ static void test_time(const char *tokenizer) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const vocabs[] = {"gpt-2", "qwen2", "phi-3"};
+    static const char *const vocabs[] = {"gpt-2", "qwen2", "phi-3", "falcon", "mpt"};
     begin(argc, argv);
     for (size_t i = 0; i < sizeof made_cases / sizeof *made_cases; i++) test_made(&made_cases[i]);
-    for (size_t i = 0; i < 3; i++) test_known(vocabs[i]);
+    for (size_t i = 0; i < sizeof vocabs / sizeof *vocabs; i++) test_known(vocabs[i]);
     for (size_t i = 0; i < sizeof back_cases / sizeof *back_cases; i++) test_back(&back_cases[i]);
     test_time("spm");
     test_time("bpe");
