@@ -478,6 +478,7 @@ __attribute__((format(printf, 2, 3))) static void buf_printf(buf *b, const char 
     va_end(ap);
 }
 static void buf_drop(buf *b, size_t n) { /* removes the first n bytes */
+    if (n == 0) return;
     memmove(b->ptr, b->ptr + n, b->len - n);
     b->len -= n;
 }
@@ -2202,7 +2203,7 @@ static int mat_selftest_vectors(int level, char *err, size_t cap) {
 typedef int32_t V __attribute__((vector_size(4 * LANES)));
 typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int16_t FN(mat_words) __attribute__((vector_size(4 * LANES)));
-typedef int8_t FN(mat_bytes) __attribute__((vector_size(4 * LANES)));
+typedef uint8_t FN(mat_bytes) __attribute__((vector_size(4 * LANES)));
 typedef V FN(mat_ints_any) __attribute__((aligned(1), may_alias));
 typedef F FN(mat_floats_any) __attribute__((aligned(1), may_alias));
 typedef struct { V a, b, c, d; } FN(mat_four);
@@ -2392,7 +2393,7 @@ LORCH_INLINE V FN(v_summed_wide)(V sum, V chain) { return sum + chain; }
 #endif
 
 /* Codes as the level wants them, from unsigned ones offset by 1 << shift, or from signed bytes. */
-LORCH_INLINE V FN(v_codes)(V v, int shift) { return MAT_SIGNED ? (V)((FN(mat_bytes))v - (int8_t)(1 << shift)) : v; }
+LORCH_INLINE V FN(v_codes)(V v, int shift) { return MAT_SIGNED ? (V)((FN(mat_bytes))v - (uint8_t)(1 << shift)) : v; }
 LORCH_INLINE V FN(v_wide_codes)(V v) { return MAT_SIGNED || MAT_PAIRED ? v : v ^ (int32_t)0x80808080; }
 LORCH_INLINE V FN(v_low)(V v) { return v & 0x0f0f0f0f; }
 LORCH_INLINE V FN(v_high)(V v) { return v >> 4 & 0x0f0f0f0f; }
@@ -2467,8 +2468,8 @@ LORCH_INLINE void FN(mat_fill)(FN(mat_tile) *o, const mat_product *p, int64_t ro
     int offset = MAT_SIGNED || s.pairs || (s.wide && MAT_PAIRED) ? 0 : 1 << s.shift;
     for (int k = 0; k < 8 * blocks; k += 4) {
         FN(mat_four) t = FN(v_turn)((const char *)codes + 4 * k, 256);
-        STORE(o->q[k], (V)((FN(mat_bytes))t.a + (int8_t)offset)), STORE(o->q[k + 1], (V)((FN(mat_bytes))t.b + (int8_t)offset));
-        STORE(o->q[k + 2], (V)((FN(mat_bytes))t.c + (int8_t)offset)), STORE(o->q[k + 3], (V)((FN(mat_bytes))t.d + (int8_t)offset));
+        STORE(o->q[k], (V)((FN(mat_bytes))t.a + (uint8_t)offset)), STORE(o->q[k + 1], (V)((FN(mat_bytes))t.b + (uint8_t)offset));
+        STORE(o->q[k + 2], (V)((FN(mat_bytes))t.c + (uint8_t)offset)), STORE(o->q[k + 3], (V)((FN(mat_bytes))t.d + (uint8_t)offset));
     }
 }
 
@@ -5757,7 +5758,7 @@ static size_t engine_held(const engine_job *j) {
 /* Where the first stop string begins in the window (of two at one place, the first in the list), or -1. */
 static int64_t engine_find_stop(engine_job *j) {
     int64_t first = -1;
-    for (int i = 0; i < j->n_stop; i++) {
+    for (int i = 0; i < j->n_stop && j->window.len; i++) {
         const char *at = memmem(j->window.ptr, j->window.len, j->stop[i].ptr, j->stop[i].len);
         if (at && (first < 0 || at - j->window.ptr < first)) first = at - j->window.ptr, j->stop_matched = i;
     }

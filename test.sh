@@ -62,6 +62,7 @@ started() { # PID: ended with this script, however that ends
 give_up() {
     trap - EXIT
     for p in $pids; do kill "$p" 2>/dev/null; done
+    rm -f $W/pid
     exit "$1"
 }
 trap 'give_up 1' EXIT
@@ -124,6 +125,12 @@ took() { # WHAT: under -v, how long it took
 # ==== build ======================================================================================
 
 mkdir -p $W
+if [ -s $W/pid ] && kill -0 "$(cat $W/pid)" 2>/dev/null; then
+    echo "another test.sh works in $W (process $(cat $W/pid))" >&2
+    trap - EXIT
+    exit 1
+fi
+echo $$ >$W/pid
 : >$W/started
 
 build_plain() {
@@ -418,4 +425,5 @@ echo "1..$n"
 if [ -n "$pattern" ] && [ $n = 0 ]; then echo "# no test is called that"; fi
 echo "$passed passed, $failed failed, $skipped skipped"
 trap - EXIT
+rm -f $W/pid
 [ $failed = 0 ] && [ $n != 0 ]

@@ -10,6 +10,9 @@ enum { MOST = 48 };
 
 static worker *crowd_worker, *calm_worker;
 
+static bool instrumented(void) { return bound_ms(1) > 1; } /* such workers take their time: less is asked of them */
+static int rounds(void) { return instrumented() ? 1 : 3; }
+
 static int crowd(void) {
     if (!crowd_worker)
         crowd_worker = ready_worker("--model", tiny_model(), "--parallel", "8", "--queue", "64",
@@ -79,7 +82,7 @@ static void pump_all(stream **s, int n, int ms) {
 }
 
 static void test_mix(void) {
-    for (int round = 0; round < 3; round++) {
+    for (int round = 0; round < rounds(); round++) {
         stream *s[MOST];
         char *fields[MOST];
         dice_state = (unsigned)round + 1;
@@ -100,7 +103,7 @@ static void test_mix(void) {
 
 /* Some jobs are cancelled, some lose their client, some cannot meet their deadline; the others must not notice. */
 static void test_mix_with_trouble(void) {
-    for (int round = 0; round < 3; round++) {
+    for (int round = 0; round < rounds(); round++) {
         stream *s[MOST];
         char *fields[MOST];
         int fate[MOST];
@@ -150,7 +153,7 @@ static worker *random_worker(const char *model) {
 
 /* kill -9 in mid-stream; another worker continues from the next index; the joined stream has no seam. */
 static void test_failover(void) {
-    int kills = bound_ms(1) > 1 ? 15 : 100, seams = 0; /* instrumented workers take their time */
+    int kills = instrumented() ? 10 : 100, seams = 0;
     worker *next = NULL;
     dice_state = 7;
     for (int k = 0; k < kills && !results.bad; k++) {

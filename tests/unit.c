@@ -953,7 +953,7 @@ static void sink_collect(engine_job *j, const engine_event *ev) {
     sink_text *s = j->user;
     if (ev->type != EVENT_TOKEN) return;
     if (ev->index != s->n++ || utf8_count(ev->text) < 0) s->wrong = 1;
-    memcpy(s->text + s->len, ev->text.ptr, ev->text.len);
+    if (ev->text.len) memcpy(s->text + s->len, ev->text.ptr, ev->text.len);
     s->len += ev->text.len;
 }
 
