@@ -6,12 +6,12 @@
  * The life of a request. The I/O thread (route_serve) owns every socket and runs one poll loop. It parses
  * POST /execute, makes a job and hands it to the intake thread, which tokenizes the prompt, checks lengths
  * and estimates, and then refuses the job or queues it. The engine thread (engine_main) takes queued jobs
- * into free slots, reserves all the KV blocks that each may need, and runs the model: one chunk of a
- * prompt, then one token for every job that decodes, in turns. It samples, turns tokens into text, looks
- * for stop sequences and gives each event to the job's sink, which formats it into the job's own buffer
- * and wakes the I/O thread to send it. POST /cancel sets a flag in the job; the engine looks at it between
- * layers. The engine and N-1 pool threads share each matrix product by rows. A callback thread tells the
- * pool manager that the worker is ready.
+ * into free slots, shares the KV blocks of prompts that begin alike, reserves all the others that a job may
+ * need, and runs the model: one chunk of a prompt, then one step for all jobs that decode, in turns. It
+ * samples, turns tokens into text, looks for stop sequences and gives each event to the job's sink, which
+ * formats it into the job's own buffer and wakes the I/O thread to send it. POST /cancel sets a flag in the
+ * job; the engine looks at it between layers. The engine and N-1 pool threads share each matrix product by
+ * rows. A starter thread loads the model, tells the pool manager, and then hashes the file in idle moments.
  *
  * The arithmetic is defined by plain loops (quant_dot): one accumulator for each output, summed in index
  * order with fused multiply-adds. SIMD lanes, threads and batches hold different outputs, never parts of

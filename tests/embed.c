@@ -236,7 +236,7 @@ static void *call_main(void *arg) {
 }
 
 static int start_slowly(const lorch_token *t, void *user) { /* a callback that takes its time: the job lasts */
-    *(volatile int *)user = t->index + 1;
+    __atomic_store_n((int *)user, t->index + 1, __ATOMIC_RELAXED);
     nap_ms(2);
     return 0;
 }
@@ -255,7 +255,7 @@ static void test_cancel(void) {
     c.p = params(100000, 1, 5), c.key = "to be cancelled", c.p.ignore_eos = 1;
     CHECK(lorch_cancel(shared_model(), "nobody") == 0, "there is none of that name");
     if (pthread_create(&thread, NULL, slow_main, &c)) return;
-    for (int i = 0; i < 5000 && !*(volatile int *)&c.s.n; i++) nap_ms(1);
+    for (int i = 0; i < 5000 && !__atomic_load_n(&c.s.n, __ATOMIC_RELAXED); i++) nap_ms(1);
     CHECK(lorch_cancel(shared_model(), "to be cancelled") == 1, "it runs");
     pthread_join(thread, NULL);
     CHECK(c.reason == LORCH_CANCELLED, "reason %d: %s", (int)c.reason, c.error);
@@ -292,7 +292,7 @@ static void test_same_key(void) {
     lorch_params p = params(5, 0, 0);
     c.p = params(100000, 1, 5), c.key = "twice", c.p.ignore_eos = 1, s.stop_at = -1;
     if (pthread_create(&thread, NULL, slow_main, &c)) return;
-    for (int i = 0; i < 5000 && !*(volatile int *)&c.s.n; i++) nap_ms(1);
+    for (int i = 0; i < 5000 && !__atomic_load_n(&c.s.n, __ATOMIC_RELAXED); i++) nap_ms(1);
     CHECK(generate(&p, "twice", story, &s, NULL, error) == LORCH_FAILED && *error, "the second of one name: %s", error);
     lorch_cancel(shared_model(), "twice");
     pthread_join(thread, NULL);
