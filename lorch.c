@@ -905,7 +905,7 @@ static void json_put_str(buf *b, str s) {
         if (cp == '"' || cp == '\\') buf_putc(b, '\\'), buf_putc(b, (char)cp);
         else if (cp == '\n') buf_puts(b, "\\n");
         else if (cp == '\t') buf_puts(b, "\\t");
-        else if (cp < 0x20 || cp == 0x7f) buf_printf(b, "\\u%04x", (unsigned)cp);
+        else if (cp < 0x20 || (cp >= 0x7f && cp <= 0x9f)) buf_printf(b, "\\u%04x", (unsigned)cp);
         else buf_add(b, s.ptr + i, (size_t)k);
         i += (size_t)k;
     }
@@ -3656,6 +3656,8 @@ typedef struct {
     str *merge;            /* "left right", most important first */
     uint32_t *merge_table; /* hash of merges: rank + 1, or 0 */
     uint64_t merge_mask;
+    int n_end;
+    int32_t *end;          /* the end-of-generation tokens */
     int n_special;
     int32_t *special;      /* tokens that may stand in text as such, the longest first */
     int32_t bos, eos, unk; /* -1 where there is none */
@@ -4166,7 +4168,7 @@ static int tok_collect_special(tok *t) {
 
 static void tok_free(tok *t) {
     if (!t) return;
-    free(t->entry), free(t->table), free(t->merge), free(t->merge_table), free(t->special);
+    free(t->entry), free(t->table), free(t->merge), free(t->merge_table), free(t->special), free(t->end);
     free(t);
 }
 
@@ -4195,6 +4197,11 @@ static tok *tok_load(const gguf_file *g, const char *pre, char *err, size_t cap)
     t->add_bos = gguf_get_bool(g, "tokenizer.ggml.add_bos_token", spm || t->pre->add_bos);
     t->add_space_prefix = gguf_get_bool(g, "tokenizer.ggml.add_space_prefix", spm);
     tok_mark_ends(t, g);
+    for (int i = 0; i < t->n; i++) t->n_end += t->entry[i].ends;
+    t->end = sys_zalloc((size_t)t->n_end, sizeof *t->end);
+    if (!t->end) return sys_fail(err, cap, "out of memory"), tok_free(t), NULL;
+    for (int i = 0, n = 0; i < t->n; i++)
+        if (t->entry[i].ends) t->end[n++] = i;
     return t;
 }
 
@@ -5112,17 +5119,20 @@ static int32_t sample_draw(const sample_work *s, double u) {
     return last; /* rounding left a sliver at the end */
 }
 
-/* Penalises each distinct token of `seen` once. */
+/* Penalises each distinct token of `seen` once. Extreme penalties stay finite. */
 static void sample_penalise(float *logits, const int32_t *seen, int n_seen, float penalty) {
     if (penalty == 1) return;
-    for (int i = 0; i < n_seen; i++) logits[seen[i]] = logits[seen[i]] > 0 ? logits[seen[i]] / penalty : logits[seen[i]] * penalty;
+    for (int i = 0; i < n_seen; i++) {
+        float x = logits[seen[i]] > 0 ? logits[seen[i]] / penalty : logits[seen[i]] * penalty;
+        logits[seen[i]] = x > 1e7f ? 1e7f : x;
+    }
 }
 
 /* Chooses output token `index` from logits, which it changes. Tokens whose logit is -infinity (banned by
  * the caller) are never chosen. The logits must otherwise be finite. */
 static int32_t sample_token(sample_work *s, const mat_kernels *k, float *logits, const sample_params *p, uint64_t index) {
     int32_t best = sample_argmax(logits, s->n_vocab);
-    if (p->temperature <= 0 || p->top_k == 1) return best;
+    if (p->temperature < 1e-30f || p->top_k == 1) return best; /* what is below would only overflow */
     for (int i = 0; i < s->n_vocab; i++) logits[i] /= p->temperature;
     k->exp_shifted(s->weight, logits, s->n_vocab, logits[best]);
     for (int i = 0; i < s->n_vocab; i++)
@@ -5203,6 +5213,7 @@ struct engine_job {
     int has_seed, has_deadline, resumes; /* resumes: resume_from was given */
     int earlier;               /* refused because a job of this id has ended as earlier_outcome, with n_out tokens */
     enum engine_outcome earlier_outcome;
+    int n_field_errors;
     buf field_errors;          /* JSON objects, separated by commas: intake refuses the job with them */
     engine_sink sink;
     void *user;                /* the sink's */
@@ -5292,6 +5303,7 @@ typedef struct {
     int n_batch;
     int calibrating, never_calibrate; /* the engine thread's */
     const char *threads_because; /* what decided their number */
+    uint64_t required;        /* private bytes that KV cache and scratch need */
     char fingerprint[17];     /* of the model file: set before has_fingerprint */
     int has_fingerprint;      /* atomic */
     int64_t progress_ms;      /* atomic: when the engine last made progress, on the monotonic clock */
@@ -5433,9 +5445,10 @@ static int engine_chunk(const engine *e, int others) {
 
 /* Seconds of a decode step of n jobs: measured, or from the nearest smaller batch and what a row more costs. */
 static double engine_step_seconds(const engine_stats *s, int n) {
+    double row = s->prefill_rate > 0 ? 1 / s->prefill_rate : 0;
     for (int m = n; m >= 1; m--)
-        if (s->step[m] > 0) return s->step[m] + (n - m) / s->prefill_rate;
-    return s->decode_rate > 0 ? 1 / s->decode_rate + (n - 1) / s->prefill_rate : 0;
+        if (s->step[m] > 0) return s->step[m] + (n - m) * row;
+    return s->decode_rate > 0 ? 1 / s->decode_rate + (n - 1) * row : 0; /* 0: not known */
 }
 
 typedef struct { /* what a job in a slot still needs, in tokens */
@@ -5494,6 +5507,7 @@ static double engine_estimate(const engine *e, int n_prompt, int max_tokens, dou
 
 static void engine_field_error(engine_job *j, const char *field, const char *constraint, const char *message, str value) {
     buf *b = &j->field_errors;
+    if (j->n_field_errors++ >= MAX_FIELD_ERRORS) return; /* the same field over and over */
     if (b->len) buf_putc(b, ',');
     buf_putc(b, '{');
     json_kv_cstr(b, "field", field), json_kv_cstr(b, "constraint", constraint), json_kv_cstr(b, "message", message), json_kv_str(b, "value", value);
@@ -5505,12 +5519,14 @@ static int engine_prepare(engine *e, engine_job *j) {
     tok_ids ids = {0};
     size_t longest = 0;
     for (int i = 0; i < j->n_stop; i++) {
+        int long_already = j->stop[i].len > MAX_STOP_TOKENS * e->max_piece; /* no token stands for more bytes */
         ids.n = 0;
-        if (!tok_encode(e->m->tok, buf_str(&j->stop[i]), 0, &ids)) return free(ids.id), 0;
-        if (ids.n > MAX_STOP_TOKENS) engine_field_error(j, "stop", "tokens(1..=32)", "a stop string must be at most 32 tokens long", str_of(""));
+        if (!long_already && !tok_encode(e->m->tok, buf_str(&j->stop[i]), 0, &ids)) return free(ids.id), 0;
+        if (long_already || ids.n > MAX_STOP_TOKENS) engine_field_error(j, "stop", "tokens(1..=32)", "a stop string must be at most 32 tokens long", str_of(""));
         if (j->stop[i].len > longest) longest = j->stop[i].len;
     }
     ids.n = 0;
+    if (j->field_errors.len) return free(ids.id), 1; /* refused all the same: it may be very long */
     if (!tok_encode(e->m->tok, buf_str(&j->prompt), TOK_BOS | (j->special ? TOK_SPECIAL : 0), &ids)) return free(ids.id), 0;
     j->n_prompt = ids.n;
     if (j->max_tokens > e->n_ctx - ids.n) j->max_tokens = e->n_ctx - ids.n;
@@ -5664,7 +5680,7 @@ static const engine_error *engine_submit(engine *e, engine_job *j) {
     for (const engine_job *o = e->live; o && id.len; o = o->next_live)
         if (str_eq(buf_str(&o->id), id)) why = &ERR_JOB_EXISTS;
     const engine_memory *known = id.len ? engine_remembered(e, id, j->t_submit) : NULL;
-    if (known && known->ended && !j->resumes) why = &ERR_JOB_EXISTS, j->earlier = 1, j->earlier_outcome = known->outcome, j->n_out = known->tokens_out;
+    if (known && known->ended && known->outcome == OUTCOME_SUCCESS && !j->resumes) why = &ERR_JOB_EXISTS, j->earlier = 1, j->earlier_outcome = known->outcome, j->n_out = known->tokens_out;
     if (e->draining || e->stop) why = &ERR_NOT_READY;
     else if (!why && e->stats.live >= e->options.n_parallel + e->options.n_queue) why = &ERR_BUSY;
     if (why) e->stats.outcome[OUTCOME_REJECTED]++;
@@ -5690,16 +5706,15 @@ static void engine_count_rejected(engine *e) { /* a job that was refused before 
 }
 
 static void engine_cancel_job(engine *e, engine_job *j, enum engine_cancel_cause cause) { /* under lock */
-    if (!j->cancel) {
-        j->t_cancel = sys_now();
-        __atomic_store_n(&j->cancel, (int)cause, __ATOMIC_RELEASE);
-    }
+    if (!j->cancel) j->t_cancel = sys_now();
+    if (!j->cancel || cause == CANCEL_ASKED) __atomic_store_n(&j->cancel, (int)cause, __ATOMIC_RELEASE); /* who asked, wants no retry */
     pthread_cond_signal(&e->work);
     pthread_cond_signal(&e->intake);
 }
 
-/* Cancels by id: 1 if the job was live, 2 if it has ended, 0 if it is not known (then it is remembered). */
-static int engine_cancel(engine *e, str id) {
+/* Cancels by id: 1 if the job was live, 2 if it has ended, 0 if it is not known (then it
+ * is remembered, if asked, in case the job is still on its way). */
+static int engine_cancel(engine *e, str id, int remember) {
     int found = 0;
     pthread_mutex_lock(&e->lock);
     for (engine_job *j = e->live; j; j = j->next_live)
@@ -5707,7 +5722,7 @@ static int engine_cancel(engine *e, str id) {
     if (!found) {
         const engine_memory *r = engine_remembered(e, id, sys_now());
         if (r && r->ended) found = 2;
-        else engine_remember(e, id);
+        else if (remember) engine_remember(e, id);
     }
     pthread_mutex_unlock(&e->lock);
     return found;
@@ -5843,8 +5858,7 @@ static int engine_next_token(engine *e, engine_job *j, float *logits) {
         return 0;
     }
     sample_penalise(logits, j->seen, j->n_seen, j->sample.repetition_penalty);
-    for (int i = 0; j->ignore_eos && i < t->n_special; i++)
-        if (t->entry[t->special[i]].ends) logits[t->special[i]] = -INFINITY;
+    for (int i = 0; j->ignore_eos && i < t->n_end; i++) logits[t->end[i]] = -INFINITY;
     int32_t id = sample_token(&e->sampler, e->k, logits, &j->sample, (uint64_t)j->n_out);
     pthread_mutex_lock(&e->lock);
     if (j->n_out == 0) engine_hist_add(&e->stats.first_token, now - j->t_submit);
@@ -5906,6 +5920,7 @@ static void engine_sweep_running(engine *e) {
 /* A moving average. One value counts at most as twice or half of it: a process that was stopped for a second
  * has not become slow. */
 static void engine_set_rate(engine *e, double *rate, double value) {
+    if (!(value > 0 && value < 1e12)) return; /* a clock that stood still */
     pthread_mutex_lock(&e->lock);
     double near = value > *rate * 2 ? *rate * 2 : value < *rate / 2 ? *rate / 2 : value;
     *rate = *rate > 0 ? *rate * 0.8 + near * 0.2 : value;
@@ -6032,7 +6047,11 @@ static void engine_decode(engine *e) {
     model_batch b = {n, id, pos, blocks, want, engine_between_layers, e};
     double from = sys_now();
     if (!engine_forward(e, &b, rows)) return;
-    if (n == jobs) engine_set_rate(e, &e->stats.step[n], sys_now() - from), engine_set_rate(e, &e->stats.decode_rate, 1 / engine_step_seconds(&e->stats, 1));
+    if (n == jobs) {
+        engine_set_rate(e, &e->stats.step[n], sys_now() - from);
+        double one = engine_step_seconds(&e->stats, 1);
+        if (one > 0) engine_set_rate(e, &e->stats.decode_rate, 1 / one);
+    }
     for (int i = 0; i < jobs; i++)
         engine_take_step(e, e->batch_job[i], id + first[i] + 1, first[i + 1] - first[i] - 1, e->run.logits + (size_t)first[i] * (size_t)e->m->n_vocab);
     e->n_batch = 0;
@@ -6168,7 +6187,7 @@ static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, s
                                       (unsigned long long)one, (unsigned long long)kv);
         e->n_ctx = (int)blocks * KV_BLOCK;
     }
-    uint64_t need = blocks * layout->block_bytes + model_run_bytes(m, o->n_threads, engine_max_rows(o), o->n_parallel + ENGINE_DRAFT_ROWS);
+    uint64_t need = e->required = blocks * layout->block_bytes + model_run_bytes(m, o->n_threads, engine_max_rows(o), o->n_parallel + ENGINE_DRAFT_ROWS);
     if (need > available)
         return sys_fail(err, cap, "INSUFFICIENT_MEMORY: KV cache and scratch need %llu bytes, but %llu are available (see --kv-cache-size-mb, --context, --parallel)",
                         (unsigned long long)need, (unsigned long long)available);
@@ -6228,7 +6247,7 @@ static int engine_open_parts(engine *e, char *err, size_t cap) {
 
 /* Makes an engine around a model, which it owns from then on, even on failure. start: begin its threads
  * (otherwise only e->run is for use, by the caller's thread). */
-static engine *engine_open(model *m, const lorch_options *options, int start, char *err, size_t cap) {
+static engine *engine_open(model *m, const lorch_options *options, int start, uint64_t *required, char *err, size_t cap) {
     engine *e = sys_zalloc(1, sizeof *e);
     if (!e) return sys_fail(err, cap, "out of memory"), model_free(m), NULL;
     e->m = m, e->options = *options;
@@ -6242,6 +6261,7 @@ static engine *engine_open(model *m, const lorch_options *options, int start, ch
         if (e->n_started && sys_thread(&e->engine_thread, engine_main, e) == 0) e->n_started++;
         if (e->n_started < 2) ok = sys_fail(err, cap, "cannot start threads");
     }
+    if (required) *required = e->required;
     if (ok) return e;
     engine_close(e);
     return NULL;
@@ -6354,7 +6374,7 @@ lorch *lorch_load(const char *path, const lorch_options *options, char error[LOR
         return sys_fail(error, LORCH_ERROR_BYTES, "an option is out of range"), NULL;
     lorch *l = sys_zalloc(1, sizeof *l);
     model *m = l ? model_load(path, o.pre, error, LORCH_ERROR_BYTES) : NULL;
-    if (m) l->e = engine_open(m, &o, 1, error, LORCH_ERROR_BYTES);
+    if (m) l->e = engine_open(m, &o, 1, NULL, error, LORCH_ERROR_BYTES);
     if (l && l->e) return l;
     if (!l) sys_fail(error, LORCH_ERROR_BYTES, "out of memory");
     free(l);
@@ -6456,7 +6476,7 @@ lorch_reason lorch_generate(lorch *l, const char *key, const char *prompt, size_
     return why ? LORCH_FAILED : c.reason;
 }
 
-int lorch_cancel(lorch *l, const char *key) { return engine_cancel(l->e, str_of(key)) == 1; }
+int lorch_cancel(lorch *l, const char *key) { return engine_cancel(l->e, str_of(key), 0) == 1; }
 
 lorch_memory lorch_memory_used(const lorch *l) {
     lorch_memory m = {l->e->m->weight_bytes, engine_kv_bytes(l->e), engine_private_bytes(l->e)};
@@ -6556,9 +6576,9 @@ static int http_count(const http_request *r, const char *name) {
     return n;
 }
 
-static int http_lists(str value, const char *word) { /* is word in a comma-separated list? */
+static int http_lists(str value, char separator, const char *word) { /* is word in a list? */
     while (value.len) {
-        const char *comma = memchr(value.ptr, ',', value.len);
+        const char *comma = memchr(value.ptr, separator, value.len);
         size_t n = comma ? (size_t)(comma - value.ptr) : value.len;
         if (str_ieq(str_trim(str_make(value.ptr, n)), word)) return 1;
         n += comma != NULL;
@@ -6659,8 +6679,8 @@ static const engine_error *http_parse_head(http_request *r, str head) {
     r->keep_alive = r->minor == 1;
     for (int i = 0; i < r->n_headers; i++) {
         if (!str_ieq(r->header[i].name, "connection")) continue;
-        if (http_lists(r->header[i].value, "close")) r->keep_alive = 0;
-        else if (r->minor == 0 && http_lists(r->header[i].value, "keep-alive")) r->keep_alive = 1;
+        if (http_lists(r->header[i].value, ',', "close")) r->keep_alive = 0;
+        else if (r->minor == 0 && http_lists(r->header[i].value, ',', "keep-alive")) r->keep_alive = 1;
     }
     const http_header *expect = http_find(r, "expect");
     r->expect_continue = r->minor == 1 && expect && str_ieq(expect->value, "100-continue");
@@ -6780,7 +6800,7 @@ static void http_put_date(buf *b) { /* RFC 9110, section 5.6.7: in English whate
 /* Appends a whole response. extra: header lines, each ending in CRLF, or "". */
 static void http_respond(http_conn *c, int status, const char *type, const char *extra, str body) {
     int head_only = c->req.method.len && str_is(c->req.method, "HEAD");
-    if (!c->req.keep_alive) c->close_after = 1;
+    if (!c->req.keep_alive || !c->body_done) c->close_after = 1; /* what follows may be a body that nobody reads */
     buf_printf(&c->out, "HTTP/1.1 %d %s\r\n", status, http_reason(status));
     http_put_date(&c->out);
     if (status != 204) buf_printf(&c->out, "Content-Type: %s\r\nContent-Length: %llu\r\n", type, (unsigned long long)body.len);
@@ -6799,7 +6819,6 @@ static void http_error(http_conn *c, const engine_error *e, const char *message,
     buf_putc(&b, '}');
     if (errors.len) buf_puts(&b, ",\"errors\":["), buf_add(&b, errors.ptr, errors.len), buf_putc(&b, ']');
     buf_puts(&b, "}");
-    if (!c->body_done) c->close_after = 1; /* what follows is a body that nobody will read */
     http_respond(c, e->status, "application/json", extra, buf_str(&b));
     buf_free(&b);
 }
@@ -6833,7 +6852,7 @@ static void http_receive(http_conn *c, double now) {
         if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return;
         if (n < 0) c->state = HTTP_DEAD;
         if (n <= 0) c->eof = 1;
-        else if (c->state == HTTP_LINGER) continue; /* drained and forgotten */
+        else if (c->state == HTTP_LINGER) return; /* drained and forgotten, once for each turn of the loop */
         if (n > 0) c->in.len += (size_t)n;
         if (n < (ssize_t)room) return;
     }
@@ -6872,7 +6891,7 @@ static void http_finish(http_conn *c, double now) {
 
 enum {
     ROUTE_MAX_UNSENT = 1 << 20,  /* bytes of events that a slow reader may leave unread before its job is cancelled */
-    ROUTE_KEEP_BUFFER = 1 << 16, /* larger request bodies give their memory back */
+    ROUTE_KEEP_BUFFER = 1 << 16, /* larger bodies and answers give their memory back */
     ROUTE_MAX_CONNS = 8192,      /* open connections; more wait in the listen queue */
     ROUTE_SPARE_FDS = 32,        /* descriptors kept for files and the callback */
     ROUTE_STALL_S = 60           /* a busy engine without progress for so long is unhealthy */
@@ -6982,7 +7001,7 @@ static void route_format_end(const engine_job *j, lorch_reason reason, buf *b) {
 static void route_format_error(const engine_job *j, const engine_event *ev, buf *b) {
     json_kv_cstr(b, "code", ev->error->code);
     json_kv_cstr(b, "message", ev->message);
-    json_kv_bool(b, "retriable", __atomic_load_n(&j->cancel, __ATOMIC_RELAXED) == CANCEL_DRAIN);
+    json_kv_bool(b, "retriable", ev->error == &ERR_CANCELLED && __atomic_load_n(&j->cancel, __ATOMIC_RELAXED) == CANCEL_DRAIN);
     json_kv_cstr(b, "correlation_id", j->correlation);
 }
 
@@ -7296,7 +7315,7 @@ static route_stream *route_stream_new(route_server *s, http_conn *c, engine_job 
     route_stream *st = sys_zalloc(1, sizeof *st);
     if (!st) return NULL;
     st->server = s, st->conn = c, st->job = j;
-    st->named = c->req.query.len && http_lists(c->req.query, "sse=named");
+    st->named = http_lists(c->req.query, '&', "sse=named");
     st->t_event = sys_now();
     j->sink = route_sink, j->user = st;
     memcpy(j->correlation, c->correlation, sizeof j->correlation);
@@ -7305,7 +7324,7 @@ static route_stream *route_stream_new(route_server *s, http_conn *c, engine_job 
 }
 
 static const char *route_submit_message(const engine_error *why) {
-    if (why == &ERR_JOB_EXISTS) return "a job with this job_id is running or queued, or has ended within a minute (give resume_from to run it again)";
+    if (why == &ERR_JOB_EXISTS) return "a job with this job_id is running or queued, or has succeeded within the last minute (give resume_from to run it again)";
     if (why == &ERR_BUSY) return "all slots are busy and the queue is full";
     return "the worker is shutting down";
 }
@@ -7344,7 +7363,7 @@ static void route_execute(route_server *s, http_conn *c) {
 
 static void route_do_cancel(route_server *s, http_conn *c, str id) {
     buf b = {0};
-    int found = engine_cancel(s->e, id);
+    int found = engine_cancel(s->e, id, 1);
     buf_putc(&b, '{');
     json_kv_str(&b, "job_id", id);
     json_kv_cstr(&b, "status", found == 2 ? "cancelled" : "cancelling");
@@ -7699,6 +7718,7 @@ static void route_advance(route_server *s, http_conn *c, double now) {
     while ((c->state == HTTP_HEAD || c->state == HTTP_BODY) && !c->close_after && c->out.len < HTTP_MAX_OUT)
         if (!route_step(s, c, now)) break;
     if (c->out.len && c->state != HTTP_DEAD) http_send(c, now);
+    if (c->out.len == 0 && c->out.cap > ROUTE_KEEP_BUFFER) buf_free(&c->out);
     if (c->close_after && c->out.len == 0 && c->state < HTTP_WAIT) http_finish(c, now);
     if (c->eof && c->out.len == 0 && c->state < HTTP_WAIT) c->state = HTTP_DEAD; /* nothing more can come, nothing is owed */
 }
@@ -7728,7 +7748,7 @@ static void route_tick(route_server *s, http_conn *c, double now) {
 static double route_due_ms(const route_server *s, const http_conn *c, double now) {
     const route_settings *set = &s->set;
     double due = 60000, waited = (now - c->t_input) * 1000;
-    if (c->state == HTTP_HEAD) due = (c->in.len ? set->header_timeout_ms : set->idle_timeout_ms) - waited;
+    if (c->state == HTTP_HEAD && !c->close_after && (c->in.len || !c->out.len)) due = (c->in.len ? set->header_timeout_ms : set->idle_timeout_ms) - waited;
     if (c->state == HTTP_BODY) due = set->body_timeout_ms - waited;
     if (c->state == HTTP_LINGER) due = HTTP_LINGER_MS - waited;
     if (c->stream && c->stream->begun) due = set->sse_ping_ms - (now - c->stream->t_event) * 1000;
@@ -8357,7 +8377,7 @@ typedef struct { /* what the starter thread needs: loads the model, then calls t
     route_server server;
     callback_url url;
     callback_info info;
-    int has_callback, stop; /* stop is atomic: the server has ended */
+    int has_callback, stop, starter_done; /* the last two are atomic; stop: the server has ended */
     int percent;
 } cli_worker;
 
@@ -8426,10 +8446,11 @@ static engine *cli_load(cli_worker *w) {
     if (!c->lazy) gguf_read_ahead(m->file, cli_read_progress, w);
     cli_progress(w, 75);
     cli_engine_options(c, &o);
-    engine *e = engine_open(m, &o, 1, err, sizeof err);
+    uint64_t required = 0;
+    engine *e = engine_open(m, &o, 1, &required, err, sizeof err);
     if (!e) {
         int memory = strncmp(err, "INSUFFICIENT_MEMORY: ", 21) == 0;
-        cli_log_failure(memory ? "INSUFFICIENT_MEMORY" : "MODEL_LOAD_FAILED", memory ? err + 21 : err, c->model, size + o.kv_bytes);
+        cli_log_failure(memory ? "INSUFFICIENT_MEMORY" : "MODEL_LOAD_FAILED", memory ? err + 21 : err, c->model, required ? required : size);
         return NULL;
     }
     e->inference_timeout_s = (int)c->inference_timeout_s, e->max_tokens_in = (int)c->max_tokens_in;
@@ -8448,13 +8469,12 @@ static void cli_log_loaded(const engine *e, double seconds) {
     buf_free(&b);
 }
 
-static void *cli_starter(void *arg) {
-    cli_worker *w = arg;
+static void cli_start_worker(cli_worker *w) {
     double from = sys_now();
     engine *e = cli_load(w);
     if (!e) {
         cli_end_server(w, 1);
-        return NULL;
+        return;
     }
     cli_log_loaded(e, sys_now() - from);
     cli_progress(w, 100);
@@ -8464,6 +8484,12 @@ static void *cli_starter(void *arg) {
     w->info.memory_bytes = e->m->weight_bytes + engine_kv_bytes(e) + engine_private_bytes(e);
     if (w->has_callback && callback_run(&w->url, &w->info, &w->stop) == 0) cli_end_server(w, 3);
     else engine_fingerprint(e, &w->stop);
+}
+
+static void *cli_starter(void *arg) {
+    cli_worker *w = arg;
+    cli_start_worker(w);
+    __atomic_store_n(&w->starter_done, 1, __ATOMIC_RELEASE);
     return NULL;
 }
 
@@ -8629,9 +8655,11 @@ static int cli_serve(cli_settings *c) {
     if (sys_thread(&starter, cli_starter, w)) return cli_log_failure("MODEL_LOAD_FAILED", "cannot start a thread", c->model, 0), 1;
     int code = route_serve(&w->server);
     __atomic_store_n(&w->stop, 1, __ATOMIC_RELEASE);
-    pthread_join(starter, NULL);
-    cli_close_server(w);
+    for (double until = sys_now() + 0.5; !__atomic_load_n(&w->starter_done, __ATOMIC_ACQUIRE) && sys_now() < until;) poll(NULL, 0, 2);
+    int stuck = !__atomic_load_n(&w->starter_done, __ATOMIC_ACQUIRE); /* in a name server's or a disk's hands: not waited for */
+    if (!stuck) pthread_join(starter, NULL), cli_close_server(w);
     log_note(LOG_INFO, "shutdown", "\"exit_code\":%d", code);
+    if (stuck) fflush(stdout), _exit(code);
     return code;
 }
 

@@ -132,7 +132,7 @@ static void test_blocks(void) {
 }
 
 static void test_named_events(void) {
-    stream *s = execute(tiny(), "/execute?sse=named", "", job_body(q("'max_tokens':3")));
+    stream *s = execute(tiny(), "/execute?v=1&sse=named", "", job_body(q("'max_tokens':3")));
     stream_finish(s, bound_ms(5000));
     check_end(s, "MAX_TOKENS");
     for (size_t i = 0; i < s->n; i++) {
@@ -361,6 +361,47 @@ static void test_stop_field(void) {
     check_fields(tiny(), rows, COUNT(rows));
     check_field(tiny(), "stop", text("[\"%s\"]", most), true);
     check_field(tiny(), "stop", text("[\"%s~\"]", most), false);
+}
+
+/* One field a hundred thousand times is one complaint too many, and no answer of megabytes. */
+static void test_error_flood(void) {
+    char *body = text("{\"job_id\":\"f\",\"prompt\":\"x\"%s}", text_times(",\"top_k\":-1", 80000));
+    reply *r = refused(tiny(), body);
+    check_refused(r, 400, "INVALID_REQUEST", "80,000 wrong fields");
+    CHECK(r->body.n < 20000 && json_count(r->body.p, "errors") >= 1, "%zu bytes", r->body.n);
+}
+
+/* Numbers at the very edge of their ranges make no nonsense: the most likely token stays the most likely. */
+static void test_extreme_parameters(void) {
+    char *greedy = stream_text(job_run(tiny(), "'temperature':0,'max_tokens':20,'ignore_eos':true"));
+    stream *s = job_run(tiny(), "'temperature':1e-40,'max_tokens':20,'ignore_eos':true");
+    CHECK_TEXT(stream_text(s), greedy, "temperature 1e-40");
+    s = job_run(tiny(), "'temperature':1e-9,'max_tokens':20,'ignore_eos':true");
+    CHECK_TEXT(stream_text(s), greedy, "temperature 1e-9");
+    check_end(job_run(tiny(), "'repetition_penalty':1e-50,'temperature':1e-20,'max_tokens':20,"
+                      "'ignore_eos':true"), "MAX_TOKENS");
+}
+
+/* A job that comes before the rates are known must leave them usable. */
+static void test_early_job(void) {
+    for (int i = 0; i < 5; i++) {
+        worker *w = start("--model", slow_model() ? slow_model() : tiny_model());
+        REQUIRE(worker_port(w), "no port");
+        stream *s[2];
+        for (int n = 0; n < 200; n++, nap_ms(1)) {
+            s[0] = job(w->port, "'prompt':'Hi','max_tokens':6,'ignore_eos':true");
+            s[1] = job(w->port, "'prompt':'Ho','max_tokens':6,'ignore_eos':true");
+            stream_finish(s[0], bound_ms(10000));
+            stream_finish(s[1], bound_ms(10000));
+            if (s[0]->r->status == 200) break;
+        }
+        CHECK_TEXT(json_str(stream_last(s[0]), "type"), "end", "the early job");
+        double end = now_ms() + bound_ms(10000);
+        const char *h = "";
+        while (now_ms() < end && json_type(h = health(w->port), "rates.decode_tokens_per_sec") != 'n') nap_ms(20);
+        CHECK(json_num(h, "rates.decode_tokens_per_sec") > 0, "rates in %s", h);
+        worker_end(w);
+    }
 }
 
 static void test_errors_together(void) {
@@ -1125,6 +1166,9 @@ static const test tests[] = {
     {"job_id, both sides of each limit [M0-W-1302]", test_job_id_field},
     {"prompt, both sides of each limit [M0-W-1302]", test_prompt_field},
     {"stop, both sides of each limit [M0-W-1302]", test_stop_field},
+    {"a flood of wrong fields gets a short answer [M0-W-1302]", test_error_flood},
+    {"extreme parameters make no nonsense [M0-W-1300]", test_extreme_parameters},
+    {"a job before the rates are known leaves them usable [SYS-7.3]", test_early_job},
     {"all field errors are answered together [M0-W-1302] [SYS-5.5.1]", test_errors_together},
     {"a field error is worded as the contract has it [SYS-5.5.1]", test_error_wording},
     {"no error shows a prompt [SYS-5.5.1]", test_no_prompt_in_errors},

@@ -1163,7 +1163,7 @@ static void test_http_limits(void) {
         {"localhost", 1}, {"127.0.0.1:80", 1}, {"[::1]:8080", 1}, {"[::1]", 1}, {"h:", 1},
         {"", 0}, {"a b", 0}, {"h:8x", 0}, {"h/x", 0}, {":80", 0}, {"a@b", 0}, {"a,b", 0}};
     for (size_t i = 0; i < sizeof hosts / sizeof *hosts; i++) CHECK(http_valid_host(str_of(hosts[i].host)) == hosts[i].ok, "Host: %s", hosts[i].host);
-    CHECK(http_lists(str_of("keep-alive, Close"), "close") && !http_lists(str_of("closed"), "close") && http_lists(str_of("a,,close"), "close"), "lists");
+    CHECK(http_lists(str_of("keep-alive, Close"), ',', "close") && !http_lists(str_of("closed"), ',', "close") && http_lists(str_of("a,,close"), ',', "close"), "lists");
 }
 
 /* ==== main =================================================================================== */

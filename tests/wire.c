@@ -101,6 +101,9 @@ static const wire_row body_rows[] = {
     ROW("two equal lengths",
         CANCEL "Content-Length: 17\r\nContent-Length: 17\r\n\r\n" BODY, 400, true),
     ROW("no body at all", CANCEL "\r\n", 400, false),
+    ROW("OPTIONS with a body that looks like a request",
+        "OPTIONS /health HTTP/1.1\r\n" HOST "Content-Length: 40\r\n\r\n"
+        "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n", 204, true),
     ROW("one chunk", CANCEL "Transfer-Encoding: chunked\r\n\r\n11\r\n" BODY "\r\n0\r\n\r\n", 202,
         false),
     ROW("CHUNKED", CANCEL "Transfer-Encoding: Chunked\r\n\r\n11\r\n" BODY "\r\n0\r\n\r\n", 202,
