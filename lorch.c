@@ -1161,19 +1161,40 @@ LORCH_INLINE void quant_unpack_q4_0(const void *block, quant_block *out) {
     out->d = num_from_f16(b->d);
 }
 
+typedef uint8_t quant_bytes __attribute__((vector_size(16)));
+
+/* The nibbles of 16 bytes, the low ones first, or what they stand for in a table of 16 codes. GCC's generic
+ * shuffle is one instruction where there is one. */
+LORCH_INLINE void quant_nibbles(const uint8_t *from, const int8_t *table, int8_t *to) {
+    quant_bytes v, part[2];
+    memcpy(&v, from, 16);
+    part[0] = v & 15, part[1] = v >> 4;
+#if defined __GNUC__ && !defined __clang__
+    quant_bytes t;
+    if (table) memcpy(&t, table, 16), part[0] = __builtin_shuffle(t, part[0]), part[1] = __builtin_shuffle(t, part[1]);
+#else
+    for (int i = 0; table && i < 32; i++) part[i / 16][i % 16] = (uint8_t)table[part[i / 16][i % 16]];
+#endif
+    memcpy(to, &part[0], 16), memcpy(to + 16, &part[1], 16);
+}
+
 LORCH_INLINE void quant_unpack_q4_1(const void *block, quant_block *out) {
     const quant_q4_1 *b = block;
-    for (int i = 0; i < 16; i++) out->q[i] = (int8_t)(b->q[i] & 15), out->q[i + 16] = (int8_t)(b->q[i] >> 4);
+    quant_nibbles(b->q, NULL, out->q);
     out->d = num_from_f16(b->d), out->dmin = -num_from_f16(b->m);
 }
 
-/* Bit i of `high` is the fifth bit of weight i. */
+/* Bit i of `high` is the fifth bit of weight i. Eight weights at a time: their bits are spread over the bytes
+ * of a word, each byte keeps its own, and any bit that is set carries into the byte's top. Less 16 (if offset) is
+ * the low nibble where the fifth bit is set, and has ones above it where it is not. */
 LORCH_INLINE void quant_unpack_fifth(const uint8_t *low, const uint8_t *high, int offset, int8_t *q) {
-    uint32_t h;
-    memcpy(&h, high, 4);
-    for (int i = 0; i < 16; i++) {
-        q[i] = (int8_t)(((low[i] & 15) | (h >> i & 1) << 4) - (uint32_t)offset);
-        q[i + 16] = (int8_t)((low[i] >> 4 | (h >> (i + 16) & 1) << 4) - (uint32_t)offset);
+    const uint64_t each = 0x0101010101010101u;
+    for (int i = 0; i < 4; i++) {
+        uint64_t nibbles, fifth = ((high[i] * each & 0x8040201008040201u) + 0x7f * each) >> 7 & each;
+        memcpy(&nibbles, low + i % 2 * 8, 8);
+        nibbles = nibbles >> i / 2 * 4 & 15 * each;
+        nibbles |= offset ? (fifth ^ each) * 0xf0 : fifth << 4;
+        memcpy(q + 8 * i, &nibbles, 8);
     }
 }
 
@@ -1191,13 +1212,13 @@ LORCH_INLINE void quant_unpack_q5_1(const void *block, quant_block *out) {
 
 LORCH_INLINE void quant_unpack_iq4_nl(const void *block, quant_block *out) {
     const quant_q4_0 *b = block; /* the same layout */
-    for (int i = 0; i < 16; i++) out->q[i] = quant_curve[b->q[i] & 15], out->q[i + 16] = quant_curve[b->q[i] >> 4];
+    quant_nibbles(b->q, quant_curve, out->q);
     out->d = num_from_f16(b->d);
 }
 
 LORCH_INLINE void quant_unpack_mxfp4(const void *block, quant_block *out) {
     const quant_mxfp4 *b = block;
-    for (int i = 0; i < 16; i++) out->q[i] = quant_fp4[b->q[i] & 15], out->q[i + 16] = quant_fp4[b->q[i] >> 4];
+    quant_nibbles(b->q, quant_fp4, out->q);
     out->d = num_float(b->e < 2 ? 0x200000u << b->e : (uint32_t)(b->e - 1) << 23); /* denormal below 2^-126 */
 }
 
@@ -1231,10 +1252,7 @@ LORCH_INLINE void quant_unpack_iq4_xs(const void *block, quant_block *out) {
     const quant_iq4_xs *b = block;
     for (int c = 0; c < 8; c++) {
         int scale = (b->scales_low[c / 2] >> c % 2 * 4 & 15) | (b->scales_high >> 2 * c & 3) << 4;
-        for (int i = 0; i < 16; i++) {
-            out->q[32 * c + i] = quant_curve[b->q[16 * c + i] & 15];
-            out->q[32 * c + 16 + i] = quant_curve[b->q[16 * c + i] >> 4];
-        }
+        quant_nibbles(b->q + 16 * c, quant_curve, out->q + 32 * c);
         out->scale[2 * c] = out->scale[2 * c + 1] = (int8_t)(scale - 32);
     }
     memset(out->min, 0, 16);
