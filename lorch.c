@@ -5698,7 +5698,10 @@ static const engine_error *engine_submit(engine *e, engine_job *j) {
     for (const engine_job *o = e->live; o && id.len; o = o->next_live)
         if (str_eq(buf_str(&o->id), id)) why = &ERR_JOB_EXISTS;
     const engine_memory *known = id.len ? engine_remembered(e, id, j->t_submit) : NULL;
-    if (known && known->ended && known->outcome == OUTCOME_SUCCESS && !j->resumes) why = &ERR_JOB_EXISTS, j->earlier = 1, j->earlier_outcome = known->outcome, j->n_out = known->tokens_out;
+    if (known && known->ended && known->outcome == OUTCOME_SUCCESS && !j->resumes) {
+        why = &ERR_JOB_EXISTS;
+        j->earlier = 1, j->earlier_outcome = known->outcome, j->n_out = known->tokens_out;
+    }
     if (e->draining || e->stop) why = &ERR_NOT_READY;
     else if (!why && e->stats.live >= e->options.n_parallel + e->options.n_queue) why = &ERR_BUSY;
     if (why) e->stats.outcome[OUTCOME_REJECTED]++;
