@@ -3531,9 +3531,11 @@ enum tok_flag { TOK_BOS = 1, TOK_SPECIAL = 2 }; /* add BOS if the file says so; 
 
 /* ---- word patterns: alternatives of items, as in the tokenizers' own regular expressions ---- */
 
+enum { TOK_RANGES = 12 }; /* of one set: falcon's punctuation has nine */
+
 typedef struct {        /* a set of code points */
     uint32_t categories; /* bit per unicode_category */
-    uint32_t lo[12], hi[12];
+    uint32_t lo[TOK_RANGES], hi[TOK_RANGES];
     int n_ranges, space, negated;
 } tok_set;
 
@@ -5568,9 +5570,9 @@ static void engine_kv_stats(engine *e) { /* under lock */
 
 /* How much of the prompt the cache holds now. It may be less or more when the job gets its slot. */
 static void engine_peek_cache(engine *e, engine_job *j) {
-    uint64_t h = e->salt;
-    for (size_t i = 0; i < j->cache_name.len; i++) h = (h ^ (unsigned char)j->cache_name.ptr[i]) * 0xbf58476d1ce4e5b9u, h ^= h >> 31;
-    j->cache_key = j->cache_name.len ? h : 0;
+    uint64_t h[2];
+    engine_hash_id(e, buf_str(&j->cache_name), h);
+    j->cache_key = j->cache_name.len ? h[0] : 0;
     pthread_mutex_lock(&e->lock);
     j->n_cached = kv_share(&e->kv, &j->kv, j->cache_key, j->token, j->n_prompt - 1);
     kv_release(&e->kv, &j->kv);
@@ -6919,7 +6921,7 @@ enum {
 };
 
 typedef struct { /* what the command line decides; strings live as long as the server */
-    const char *worker_id, *model_ref, *model_path, *api_token; /* api_token NULL: none is needed */
+    const char *worker_id, *model_ref, *api_token; /* api_token NULL: none is needed */
     int max_tokens_out, header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, sse_ping_ms;
     int drain_timeout_s, exit_with_parent, check_host;          /* check_host: listens on loopback without a token */
 } route_settings;
@@ -8599,7 +8601,7 @@ static void cli_check_serve(cli_settings *c, cli_worker *w) {
 }
 
 static void cli_route_settings(const cli_settings *c, int loopback, route_settings *s) {
-    s->worker_id = c->worker_id, s->model_ref = c->model_ref, s->model_path = c->model, s->api_token = c->api_token;
+    s->worker_id = c->worker_id, s->model_ref = c->model_ref, s->api_token = c->api_token;
     s->max_tokens_out = (int)c->max_tokens_out, s->header_timeout_ms = (int)c->header_timeout_ms, s->body_timeout_ms = (int)c->body_timeout_ms;
     s->idle_timeout_ms = (int)c->idle_timeout_ms, s->write_timeout_ms = (int)c->write_timeout_ms, s->sse_ping_ms = (int)c->sse_ping_ms;
     s->drain_timeout_s = (int)c->drain_timeout_s, s->exit_with_parent = c->exit_with_parent;
