@@ -316,6 +316,9 @@ static void test_number_fields(void) {
         {"resume_from", "\"0\"", false}, {"resume_from", "null", true},
         {"ignore_eos", "true", true}, {"ignore_eos", "false", true}, {"ignore_eos", "1", false},
         {"ignore_eos", "\"true\"", false}, {"ignore_eos", "null", true},
+        {"speculate", "true", true}, {"speculate", "false", true}, {"speculate", "1", false},
+        {"cache_key", "\"\"", false}, {"cache_key", "7", false}, {"cache_key", "\"k\"", true},
+        {"cache_key", "null", true},
     };
     check_fields(tiny(), rows, COUNT(rows));
 }
@@ -686,6 +689,26 @@ static void test_resume(void) {
             check_resumed(i % 2 ? other->port : tiny(), whole, q(kinds[k]), from[i]);
     }
     worker_end(other);
+}
+
+/* A repeated beginning comes from the cache, but only within one cache_key; the text is the same. */
+static void test_cache_key(void) {
+    static const struct { const char *key; bool cached; } rows[] = {
+        {"", false}, {"", true}, {",'cache_key':'a'", false}, {",'cache_key':'a'", true},
+        {",'cache_key':'b'", false}, {"", true},
+    };
+    char *prompt = text("%s %s", fresh_id(), text_times("the fox and the kite ", 30)), *first = NULL;
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        stream *s = job_run(tiny(), "'prompt':'%s','max_tokens':8,'temperature':0,'ignore_eos':true%s",
+                            prompt, q(rows[i].key));
+        check_end(s, "MAX_TOKENS");
+        double cached = json_num(stream_last(s), "cached_tokens");
+        double all = json_num(stream_last(s), "prompt_tokens");
+        CHECK(rows[i].cached ? cached >= all - 65 && cached < all && cached > 0 : cached == 0,
+              "row %zu: %g of %g tokens were cached", i, cached, all);
+        if (!first) first = stream_text(s);
+        CHECK_TEXT(stream_text(s), first, "the text");
+    }
 }
 
 /* ==== Deadlines and time limits =============================================================== */
@@ -1187,6 +1210,7 @@ static const test tests[] = {
     {"of several stop sequences the first in the text wins [M0-W-1422]", test_stop_first_of_many},
     {"text held back for a stop sequence comes when it fails [M0-W-1422]", test_stop_held_back},
     {"resume_from continues a stream on any worker [SYS-7.3] [SYS-7.5]", test_resume},
+    {"beginnings are cached within one cache_key [SYS-7.5]", test_cache_key},
     {"an unattainable deadline is refused at once [SYS-7.3]", test_deadline_refused},
     {"an attainable deadline is met [SYS-7.3]", test_deadline_met},
     {"a malformed X-Deadline is refused [SYS-5.5.1]", test_bad_deadline_header},
