@@ -137,6 +137,8 @@ enum { /* Limits. Each has its reason; the tests stand on both sides. */
     MAX_FIELD_ERRORS = 32,    /* more than /execute has fields */
     MAX_LOG_LINE = 4096,      /* at most PIPE_BUF, so that a line is written whole or not at all */
     MAX_LAYERS = 1024,        /* the deepest known model has 126 */
+    MAX_EXPERTS = 1024,       /* of a layer; the largest known model has 512 */
+    MAX_EXPERTS_USED = 64,    /* for a token */
     MAX_HEAD_DIM = 1024,      /* attention scratch is sized by it */
     MAX_CONTEXT = 1 << 24,    /* positions; keeps products of shapes far from overflow */
     MAX_VOCAB = 1 << 24,      /* the largest known vocabulary has 262,144 entries */
@@ -1899,7 +1901,17 @@ typedef struct {
     enum mat_kv kv;
     int n_head, n_head_kv, head_dim;
     float scale;
+    int window;                    /* a token sees itself and window - 1 positions before it; 0: all */
+    float cap;                     /* scores s become cap * tanh(s / cap); 0: they stay */
+    const float *sinks;            /* [n_head] a score for each head that takes weight and gives no value; or NULL */
 } mat_attention;
+
+/* What a feed-forward layer does with its gate g and, unless that is NULL, its other input u. */
+enum mat_activation {
+    MAT_SILU,   /* g * sigmoid(g) * u */
+    MAT_GELU,   /* g * Phi(g) * u, Phi by the tanh formula (Hendrycks and Gimpel, 2016) */
+    MAT_SWIGLU7 /* g * sigmoid(1.702 g) * (u + 1), g at most 7 and u within -7..7 (gpt-oss) */
+};
 
 static int mat_attention_tokens(int n_head, int n_head_kv) { /* tokens in a group */
     int heads = n_head / n_head_kv;
@@ -1917,10 +1929,12 @@ typedef struct {
     void (*multiply)(const mat_product *p, int64_t row, int rows, const char *ahead, void *scratch);
     void (*quantise)(mat_act *a, unsigned kinds, int t);           /* token t, for the kinds in the bit set */
     void (*rms_norm)(float *out, const float *x, const float *w, int n, float eps);
+    void (*layer_norm)(float *out, const float *x, const float *w, int n, float eps);
     void (*rope)(float *x, const float *cos_sin, int n_rot, int pairs_apart);
     void (*store)(char *head, const float *k, const float *v, int at, int head_dim, enum mat_kv kv);
     void (*attend)(const mat_attention *a, int group, int head_kv, void *scratch);
-    void (*swiglu)(float *gate, const float *up, int64_t n);
+    void (*activate)(enum mat_activation a, float *gate, const float *up, int64_t n);
+    void (*cap)(float *x, int64_t n, float most);                  /* x = most * tanh(x / most) */
     void (*add)(float *x, const float *y, int64_t n);
     void (*exp_shifted)(float *out, const float *x, int64_t n, float shift); /* exp(x - shift) */
     double (*peak)(int64_t n);                                     /* runs n rounds of int8 dot products; returns the operations done */
@@ -2144,8 +2158,10 @@ static int mat_selftest(int level, const quant_format *f, char *err, size_t cap)
     return 1;
 }
 
-/* Attention of n_tok tokens at the end of `length` positions, into out; 3 heads for each of 2 KV heads. */
-static int mat_selftest_attend(const mat_kernels *k, int head_dim, int length, int n_tok, enum mat_kv kv, float *out) {
+/* Attention of n_tok tokens at the end of `length` positions, into out; 3 heads for each of 2 KV heads. A window
+ * comes with a cap and sinks. */
+static int mat_selftest_attend(const mat_kernels *k, int head_dim, int length, int n_tok, enum mat_kv kv, int window, float *out) {
+    static const float sinks[6] = {0.5f, -1.0f, 0.25f, 2.0f, 0.0f, -0.125f};
     mat_random r = {(uint64_t)(head_dim * 7919 + length)};
     size_t head_bytes = mat_head_bytes(head_dim, kv), n_blocks = (size_t)(length + KV_BLOCK - 1) / KV_BLOCK;
     size_t row = (size_t)(6 * head_dim), scratch_bytes = mat_attention_scratch(6, 2, head_dim);
@@ -2169,40 +2185,49 @@ static int mat_selftest_attend(const mat_kernels *k, int head_dim, int length, i
     }
     if (ok) {
         group[groups] = n_tok;
-        mat_attention a = {x, out, pos, blocks, group, cache, 2 * head_bytes, head_bytes, kv, 6, 2, head_dim, 0.125f};
+        mat_attention a = {x, out, pos, blocks, group, cache, 2 * head_bytes, head_bytes, kv, 6, 2, head_dim, 0.125f,
+                           window, window ? 30.0f : 0, window ? sinks : NULL};
         for (int g = 0; g < groups * 2; g++) k->attend(&a, g / 2, g % 2, scratch);
     }
     free(cache), free(x), free(pos), free(block), free(blocks), sys_pages_free(scratch, scratch_bytes);
     return ok;
 }
 
-/* The vector kernels of one level, for one length, into out[7 * n + ...]: the same bits at every level. */
+/* The vector kernels of one level, for one length, into out[MAT_VECTOR_TESTS * n]: the same bits at every level. */
+enum { MAT_VECTOR_TESTS = 13 };
+
 static void mat_selftest_vectors_of(const mat_kernels *k, int n, float *out) {
     mat_random r = {(uint64_t)n};
     float *x = out, *y = out + n;
-    mat_draw_floats(&r, out, (size_t)n * 7);
+    mat_draw_floats(&r, out, (size_t)n * MAT_VECTOR_TESTS);
     k->rms_norm(out + 2 * n, x, y, n, 1e-5f);
-    k->swiglu(out + 3 * n, x, n);
+    k->activate(MAT_SILU, out + 3 * n, x, n);
     k->add(out + 4 * n, x, n);
     k->exp_shifted(out + 5 * n, x, n, 0.7f);
     k->rope(out + 6 * n, y, n / 4 * 4, n & 1);
+    k->layer_norm(out + 7 * n, x, y, n, 1e-5f);
+    k->activate(MAT_GELU, out + 8 * n, x, n), k->activate(MAT_GELU, out + 9 * n, NULL, n);
+    k->activate(MAT_SWIGLU7, out + 10 * n, x, n), k->activate(MAT_SILU, out + 11 * n, NULL, n);
+    k->cap(out + 12 * n, n, 3.0f);
 }
 
 static int mat_selftest_vectors(int level, char *err, size_t cap) {
     static const int lengths[] = {4, 7, 16, 61, 64, 96, 333};
-    static const int dims[][4] = {{64, 1, 1, MAT_KV_F16}, {64, 70, 70, MAT_KV_F16}, {80, 200, 33, MAT_KV_F16}, {128, 129, 5, MAT_KV_F32},
-                                  {33, 65, 40, MAT_KV_F16}, {80, 130, 1, MAT_KV_Q8_0}, {64, 140, 70, MAT_KV_Q8_0}}; /* head, positions, tokens */
+    static const int dims[][5] = { /* head, positions, tokens, KV type, window */
+        {64, 1, 1, MAT_KV_F16, 0}, {64, 70, 70, MAT_KV_F16, 0}, {80, 200, 33, MAT_KV_F16, 0}, {128, 129, 5, MAT_KV_F32, 0},
+        {33, 65, 40, MAT_KV_F16, 0}, {80, 130, 1, MAT_KV_Q8_0, 0}, {64, 140, 70, MAT_KV_Q8_0, 0},
+        {64, 200, 90, MAT_KV_F32, 40}, {48, 300, 1, MAT_KV_F16, 130}, {64, 70, 70, MAT_KV_F16, 1}};
     float *want = sys_zalloc(2, 70000 * sizeof(float)), *got = want + 70000;
     if (!want) return sys_fail(err, cap, "out of memory");
     for (int i = 0; i < 7; i++) {
         mat_selftest_vectors_of(mat_levels[0], lengths[i], want), mat_selftest_vectors_of(mat_levels[level], lengths[i], got);
-        if (memcmp(want, got, (size_t)lengths[i] * 7 * sizeof(float)))
+        if (memcmp(want, got, (size_t)lengths[i] * MAT_VECTOR_TESTS * sizeof(float)))
             return free(want), sys_fail(err, cap, "%s: the vectors of length %d differ from the scalar level's", mat_levels[level]->name, lengths[i]);
     }
     for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) {
         const int *d = dims[i];
         enum mat_kv kv = (enum mat_kv)d[3];
-        if (!mat_selftest_attend(mat_levels[0], d[0], d[1], d[2], kv, want) || !mat_selftest_attend(mat_levels[level], d[0], d[1], d[2], kv, got))
+        if (!mat_selftest_attend(mat_levels[0], d[0], d[1], d[2], kv, d[4], want) || !mat_selftest_attend(mat_levels[level], d[0], d[1], d[2], kv, d[4], got))
             return free(want), sys_fail(err, cap, "out of memory");
         if (memcmp(want, got, (size_t)(6 * d[0] * d[2]) * sizeof(float)))
             return free(want), sys_fail(err, cap, "%s: attention (head %d, %d positions) differs from the scalar level's",
@@ -3095,6 +3120,8 @@ LORCH_INLINE F FN(f_exp)(F x) {
     return p * (F)(((V)shifted - 0x4b400000 + 127) << 23);
 }
 
+LORCH_INLINE F FN(f_tanh)(F x) { return 1.0f - 2.0f / (FN(f_exp)(x + x) + 1.0f); }
+
 static void FN(mat_rms_norm)(float *out, const float *x, const float *w, int n, float eps) {
     F sum[16 / LANES];
     float part[16];
@@ -3109,6 +3136,15 @@ static void FN(mat_rms_norm)(float *out, const float *x, const float *w, int n, 
     for (int j = 0; i + j < n; j++) part[j] = FN(f_fma)(FN(f_all)(x[i + j]), FN(f_all)(x[i + j]), FN(f_all)(part[j]))[0];
     float scale = 1.0f / sqrtf(FN(mat_tree)(part) / (float)n + eps);
     for (i = 0; i < n; i++) out[i] = x[i] * scale * w[i];
+}
+
+static void FN(mat_layer_norm)(float *out, const float *x, const float *w, int n, float eps) {
+    float part[16] = {0}, square[16] = {0}; /* as in rms_norm, in 16 parts */
+    for (int i = 0; i < n; i++) part[i % 16] += x[i];
+    float mean = FN(mat_tree)(part) / (float)n;
+    for (int i = 0; i < n; i++) square[i % 16] += (x[i] - mean) * (x[i] - mean);
+    float scale = 1.0f / sqrtf(FN(mat_tree)(square) / (float)n + eps);
+    for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * scale * w[i];
 }
 
 /* Rotates pairs of x by the token's angles: pair i is (2i, 2i+1), or (i, i + n_rot/2) if pairs_apart. */
@@ -3128,12 +3164,34 @@ LORCH_INLINE F FN(f_tail)(const float *p, int64_t n) {
     return FN(f_load)(f);
 }
 
-static void FN(mat_swiglu)(float *gate, const float *up, int64_t n) { /* silu(gate) * up */
+LORCH_INLINE F FN(f_activate)(enum mat_activation a, F g) { /* the gate's part */
+    if (a == MAT_SILU) return g / (1.0f + FN(f_exp)(-g));
+    if (a == MAT_SWIGLU7) {
+        g = FN(f_min)(FN(f_all)(7.0f), g);
+        return g / (1.0f + FN(f_exp)(-1.702f * g));
+    }
+    F u = g * FN(f_fma)(g * g, FN(f_all)(0.0713548162726f), FN(f_all)(1.5957691216057f)); /* 2 sqrt(2/pi) (g + 0.044715 g^3) */
+    return g / (1.0f + FN(f_exp)(-u));
+}
+
+static void FN(mat_activate)(enum mat_activation a, float *gate, const float *up, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
         int whole = n - i >= LANES;
-        F g = whole ? FN(f_load)(gate + i) : FN(f_tail)(gate + i, n - i), u = whole ? FN(f_load)(up + i) : FN(f_tail)(up + i, n - i);
-        g = g / (1.0f + FN(f_exp)(-g)) * u;
+        F g = FN(f_activate)(a, whole ? FN(f_load)(gate + i) : FN(f_tail)(gate + i, n - i));
+        if (up) {
+            F u = whole ? FN(f_load)(up + i) : FN(f_tail)(up + i, n - i);
+            if (a == MAT_SWIGLU7) u = FN(f_max)(FN(f_all)(-7.0f), FN(f_min)(FN(f_all)(7.0f), u)) + 1.0f;
+            g *= u;
+        }
         memcpy(gate + i, &g, whole ? sizeof g : (size_t)(n - i) * sizeof(float));
+    }
+}
+
+static void FN(mat_cap)(float *x, int64_t n, float most) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        int whole = n - i >= LANES;
+        F y = FN(f_tanh)((whole ? FN(f_load)(x + i) : FN(f_tail)(x + i, n - i)) / most) * most;
+        memcpy(x + i, &y, whole ? sizeof y : (size_t)(n - i) * sizeof(float));
     }
 }
 
@@ -3206,17 +3264,19 @@ static void FN(mat_store)(char *head, const float *k, const float *v, int at, in
     }
 }
 
-/* Online softmax (Milakov and Gimelshein, 2018) of one query over the first n scores of one block: s turns
- * into weights, 0 beyond n; the running maximum m[0], sum m[1] and weighted values acc are brought up to date. */
-LORCH_INLINE void FN(mat_soften)(float *s, int n, float scale, float *m, float *acc, int head_dim) {
+/* Online softmax (Milakov and Gimelshein, 2018) of one query over scores from..n-1 of one block: s turns
+ * into weights, 0 outside; the running maximum m[0], sum m[1] and weighted values acc are brought up to date. */
+LORCH_INLINE void FN(mat_soften)(const mat_attention *a, float *s, int from, int n, float *m, float *acc) {
+    int head_dim = a->head_dim;
     float part[16], lane[LANES], top = m[0];
     int32_t number[LANES];
     F sum[16 / LANES], most = FN(f_all)(m[0]);
     for (int i = 0; i < LANES; i++) number[i] = i;
     V index = FN(v_load)(number);
     for (int j = 0; j < KV_BLOCK; j += LANES) {
-        V used = index + j < n;
-        F y = FN(f_load)(s + j) * scale;
+        V used = (index + j < n) & (index + j >= from);
+        F y = FN(f_load)(s + j) * a->scale;
+        if (a->cap > 0) y = FN(f_tanh)(y / a->cap) * a->cap;
         FN(f_store)(s + j, y);
         most = FN(f_max)((F)(((V)y & used) | ((V)most & ~used)), most); /* a NaN is passed over */
     }
@@ -3226,7 +3286,7 @@ LORCH_INLINE void FN(mat_soften)(float *s, int n, float scale, float *m, float *
     for (int j = 0; j < KV_BLOCK; j += 16)
         for (int i = 0; i < 16 / LANES; i++) {
             F e = FN(f_exp)(FN(f_load)(s + j + i * LANES) - top);
-            e = (F)((V)e & (index + (j + i * LANES) < n));
+            e = (F)((V)e & (index + (j + i * LANES) < n) & (index + (j + i * LANES) >= from));
             FN(f_store)(s + j + i * LANES, e);
             sum[i] += e;
         }
@@ -3257,11 +3317,14 @@ LORCH_INLINE void FN(mat_attend_product)(int half, int queries, int columns, con
     else FN(mat_outer_floats)(queries, columns, a, lda, (const float *)(const void *)b, columns, n_k, c, ldc);
 }
 
-/* All queries against block b of their sequence; tokens from `from` on, token i sees positions up to pos[i]. */
+/* All queries against block b of their sequence; token i sees positions up to pos[i], as far back as the window. */
 static void FN(mat_attend_block)(const mat_attention *a, const FN(mat_attending) *w, const int32_t *pos, int b, const char *head) {
     int hd = a->head_dim, heads = w->heads, first = 0, half = a->kv == MAT_KV_F16;
-    while (pos[first] < b * KV_BLOCK) first++; /* tokens before this block */
-    int queries = (w->n_tok - first) * heads, from = first * heads;
+    int end = w->n_tok, sees = a->window ? a->window : INT_MAX; /* tokens first..end-1 see something of this block */
+    while (pos[first] < b * KV_BLOCK) first++;
+    while (end > first && pos[end - 1] - b * KV_BLOCK - (KV_BLOCK - 1) >= sees) end--;
+    if (first == end) return;
+    int queries = (end - first) * heads, from = first * heads;
     const char *k = head, *v = head + (size_t)hd * KV_BLOCK * (half ? 2 : 4);
     if (half && queries > 6) {
         FN(mat_to_floats)(w->k, (const uint16_t *)(const void *)head, 2 * hd * KV_BLOCK); /* v follows k in both */
@@ -3274,13 +3337,13 @@ static void FN(mat_attend_block)(const mat_attention *a, const FN(mat_attending)
     FN(mat_attend_product)(half, queries, KV_BLOCK, w->q + from * hd, hd, k, hd, w->s + from * KV_BLOCK, KV_BLOCK);
     int common = pos[first] + 1 - b * KV_BLOCK, size = half ? 2 : 4;
     if (common > KV_BLOCK) common = KV_BLOCK;
-    for (int t = first; t < w->n_tok; t++) {
+    for (int t = first; t < end; t++) {
         int n = pos[t] + 1 - b * KV_BLOCK;
         for (int i = t * heads; i < (t + 1) * heads; i++)
-            FN(mat_soften)(w->s + i * KV_BLOCK, n < KV_BLOCK ? n : KV_BLOCK, a->scale, w->m + 2 * i, w->acc + i * hd, hd);
+            FN(mat_soften)(a, w->s + i * KV_BLOCK, n > sees ? n - sees : 0, n < KV_BLOCK ? n : KV_BLOCK, w->m + 2 * i, w->acc + i * hd);
     }
     FN(mat_attend_product)(half, queries, hd, w->s + from * KV_BLOCK, KV_BLOCK, v, common, w->acc + from * hd, hd);
-    for (int t = first; t < w->n_tok; t++) { /* what the later tokens see beyond the first */
+    for (int t = first; t < end; t++) { /* what the later tokens see beyond the first */
         int n = pos[t] + 1 - b * KV_BLOCK;
         n = (n < KV_BLOCK ? n : KV_BLOCK) - common;
         if (n > 0)
@@ -3299,7 +3362,8 @@ static void FN(mat_attend)(const mat_attention *a, int group, int head_kv, void 
     for (int t = 0; t < n_tok; t++) memcpy(w.q + t * heads * hd, a->q + (size_t)(from + t) * row + column, (size_t)(heads * hd) * sizeof(float));
     memset(w.acc, 0, (size_t)(n_tok * heads * hd) * sizeof(float));
     for (int i = 0; i < n_tok * heads; i++) w.m[2 * i] = -1e30f, w.m[2 * i + 1] = 0;
-    for (int b = 0; b <= a->pos[from + n_tok - 1] / KV_BLOCK; b++) {
+    int first = a->window && a->pos[from] >= a->window ? (a->pos[from] - a->window + 1) / KV_BLOCK : 0;
+    for (int b = first; b <= a->pos[from + n_tok - 1] / KV_BLOCK; b++) {
         const char *head = a->layer + a->blocks[from][b] * a->block_bytes + (size_t)head_kv * a->head_bytes;
         if (b < a->pos[from + n_tok - 1] / KV_BLOCK && n_tok == 1)
             FN(mat_fetch)(a->layer + a->blocks[from][b + 1] * a->block_bytes + (size_t)head_kv * a->head_bytes, (int)a->head_bytes);
@@ -3307,8 +3371,13 @@ static void FN(mat_attend)(const mat_attention *a, int group, int head_kv, void 
     }
     for (int t = 0; t < n_tok; t++)
         for (int h = 0; h < heads; h++) {
-            const float *acc = w.acc + (t * heads + h) * hd, sum = w.m[2 * (t * heads + h) + 1];
-            float *out = a->out + (size_t)(from + t) * row + column + (size_t)(h * hd);
+            const float *acc = w.acc + (t * heads + h) * hd, *m = w.m + 2 * (t * heads + h);
+            float *out = a->out + (size_t)(from + t) * row + column + (size_t)(h * hd), sum = m[1];
+            if (a->sinks) { /* as one more score, whose value is zero */
+                float sink = a->sinks[head_kv * heads + h], top = m[0] > sink ? m[0] : sink;
+                float keep = FN(f_exp)(FN(f_all)(m[0] - top))[0];
+                sum = (sum * keep + FN(f_exp)(FN(f_all)(sink - top))[0]) / keep;
+            }
             for (int d = 0; d < hd; d++) out[d] = acc[d] / sum;
         }
 }
@@ -3359,8 +3428,8 @@ static uint64_t FN(mat_read)(const void *p, size_t n) {
 #define LORCH_STRING2(s) #s
 #define LORCH_STRING(s) LORCH_STRING2(s)
 static const mat_kernels FN(mat_table) = {
-    LORCH_STRING(LORCH_LEVEL), FN(mat_multiply), FN(mat_quantise), FN(mat_rms_norm), FN(mat_rope), FN(mat_store), FN(mat_attend),
-    FN(mat_swiglu), FN(mat_add), FN(mat_exp_shifted), FN(mat_peak), FN(mat_read)};
+    LORCH_STRING(LORCH_LEVEL), FN(mat_multiply), FN(mat_quantise), FN(mat_rms_norm), FN(mat_layer_norm), FN(mat_rope), FN(mat_store),
+    FN(mat_attend), FN(mat_activate), FN(mat_cap), FN(mat_add), FN(mat_exp_shifted), FN(mat_peak), FN(mat_read)};
 #undef LORCH_STRING
 #undef LORCH_STRING2
 #undef V
@@ -4242,7 +4311,7 @@ enum { KV_NONE = -1 };
 typedef struct {
     int n_layer, n_head_kv, head_dim;
     enum mat_kv kv;
-    size_t head_bytes, layer_bytes, block_bytes;
+    size_t head_bytes, layer_bytes, conv_bytes, block_bytes; /* conv_bytes: of a layer with a convolution in its place */
 } kv_layout;
 
 typedef struct { /* what is known of a block */
@@ -4275,7 +4344,7 @@ typedef struct {
 } kv_seq;
 
 static kv_layout kv_layout_of(int n_layer, int n_head_kv, int head_dim, enum mat_kv kv) {
-    kv_layout l = {n_layer, n_head_kv, head_dim, kv, mat_head_bytes(head_dim, kv), 0, 0};
+    kv_layout l = {n_layer, n_head_kv, head_dim, kv, mat_head_bytes(head_dim, kv), 0, 0, 0};
     l.layer_bytes = l.head_bytes * (size_t)n_head_kv;
     l.block_bytes = l.layer_bytes * (size_t)n_layer;
     return l;
@@ -4434,51 +4503,160 @@ static void kv_publish(kv_pool *p, kv_seq *s, uint64_t key, const int32_t *token
 }
 
 /* ==== Model ================================================================================
- * The shapes and tensors of a model, bound once to fields by a table, and the forward pass over a batch of
- * tokens. A family is a row of model_archs. A model is read-only once loaded; model_run owns the scratch
+ * The shapes and tensors of a model, bound once to fields by tables, and the forward pass over a batch of
+ * tokens. A family is a row of model_archs: which tensors its layers have, and how it differs in style; the
+ * forward pass asks the layer, never the family. A model is read-only once loaded; model_run owns the scratch
  * and the logits of one thread of use. Names: n_embd, n_head, n_head_kv, head_dim, n_ff, n_ctx as usual. */
 
 typedef struct {
     const quant_format *format; /* NULL: absent */
-    const char *data;           /* [rows][n], in the mapped file */
+    const char *data;           /* [rows][n], in the mapped file; of experts one after the other */
     int64_t n, rows;
 } model_matrix;
 
-typedef struct {
-    float *attn_norm, *ffn_norm;             /* [n_embd] */
-    float *q_norm, *k_norm;                  /* [head_dim] or NULL */
-    float *q_bias, *k_bias, *v_bias;         /* or NULL */
-    float *o_bias, *gate_bias, *up_bias, *down_bias;
+typedef struct { /* what a file lacks is NULL or absent */
+    int window;                              /* positions that a token sees, itself included; 0: all */
+    int rope;                                /* table of angles: 0, 1 (of layers with a window), or -1: positions do not turn */
+    int is_conv, has_experts;
+    float *attn_norm, *attn_norm_bias, *ffn_norm, *ffn_norm_bias; /* [n_embd] before attention and feed-forward */
+    float *attn_post_norm, *ffn_post_norm;   /* [n_embd] after them */
+    float *q_norm, *k_norm;                  /* [head_dim], or of all heads */
+    float *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;
+    float *sinks;                            /* [n_head] */
+    float *conv;                             /* [n_embd][n_conv] */
+    float *route_bias, *choice_bias;         /* [n_expert] added to the router's logits; to its choice only */
+    float *gates_bias, *ups_bias, *downs_bias; /* [n_expert][n_ff_exp] x2, [n_expert][n_embd] */
     model_matrix q, k, v, o;                 /* [n_head*head_dim][n_embd], [n_head_kv*head_dim][n_embd] x2, [n_embd][n_head*head_dim] */
-    model_matrix gate, up, down;             /* [n_ff][n_embd] x2, [n_embd][n_ff] */
+    model_matrix conv_in;                    /* [3*n_embd][n_embd]; then o is [n_embd][n_embd] */
+    model_matrix gate, up, down;             /* [n_ff][n_embd] x2, [n_embd][n_ff]: the feed-forward layer, or the shared expert */
+    model_matrix route, share;               /* [n_expert][n_embd]; [1][n_embd] the shared expert's gate */
+    model_matrix gates, ups, downs;          /* [n_expert][n_ff_exp][n_embd] x2, [n_expert][n_embd][n_ff_exp] */
 } model_layer;
 
+/* Groups of tensors. A layer has the groups of its family; MAY lists those that any file may have. */
+enum model_group {
+    T_BASE = 1,             /* the embedding */
+    T_ATTN = 1 << 1,        /* q, k, v, o */
+    T_FUSED = 1 << 2,       /* q, k, v in one tensor */
+    T_ATTN_NORM = 1 << 3,
+    T_FFN_NORM = 1 << 4,
+    T_POST_NORM = 1 << 5,   /* after attention and after feed-forward */
+    T_LATE_NORM = 1 << 6,   /* the norm before feed-forward goes by the name of one after attention */
+    T_NORM_BIAS = 1 << 7,
+    T_QKV_BIAS = 1 << 8,
+    T_OUT_BIAS = 1 << 9,    /* of o and of the feed-forward layer */
+    T_HEAD_NORM = 1 << 10,  /* q and k: each head, one set of weights */
+    T_HEADS_NORM = 1 << 11, /* each head, each its own weights */
+    T_WIDE_NORM = 1 << 12,  /* all heads as one vector */
+    T_GATED = 1 << 13,      /* gate, up, down */
+    T_GATE_UP = 1 << 14,    /* gate and up in one tensor, down */
+    T_UNGATED = 1 << 15,    /* up and down */
+    T_EXPERTS = 1 << 16,
+    T_EXPERT_BIAS = 1 << 17,
+    T_CHOICE_BIAS = 1 << 18,
+    T_SHARED = 1 << 19,     /* an expert for every token */
+    T_SHARED_GATE = 1 << 20,
+    T_SINKS = 1 << 21,
+    T_POSITIONS = 1 << 22,  /* learned vectors of positions */
+    T_CONV = 1 << 23,
+    T_OUT_NORM = 1 << 24,
+    T_EMBD_NORM = 1 << 25,  /* the final norm goes by the name of the embedding's */
+    T_OUTPUT = 1 << 26,     /* absent: the embedding serves */
+    T_FACTORS = 1 << 27,    /* of frequencies, llama3's or longrope's */
+    T_GATE_BIAS = 1 << 28
+};
+#define T_LAYER (T_BASE | T_OUT_NORM | T_ATTN | T_ATTN_NORM | T_FFN_NORM)
+#define T_MAY (T_FUSED | T_QKV_BIAS | T_OUT_BIAS | T_GATE_BIAS | T_OUTPUT | T_FACTORS)
+#define T_FFN (T_GATED | T_GATE_UP | T_UNGATED)
+
+enum model_style {
+    S_HALVES = 1,            /* RoPE turns (i, i + n_rot/2) instead of (2i, 2i+1) */
+    S_NO_ROPE = 1 << 1,
+    S_NO_ROPE_4TH = 1 << 2,  /* every fourth layer does without */
+    S_ROPE_WINDOWS = 1 << 3, /* where some layers have windows, only these turn */
+    S_PLAIN_WINDOWS = 1 << 4, /* layers with windows turn without scaling */
+    S_LAYER_NORM = 1 << 5,   /* norms subtract the mean */
+    S_SQRT_EMBD = 1 << 6,    /* the embedding is multiplied by sqrt(n_embd) */
+    S_CAPS = 1 << 7,         /* attention scores and logits have caps */
+    S_NORMED = 1 << 8,       /* the chosen experts' weights are made to sum to 1 */
+    S_SIGMOID = 1 << 9,      /* experts' weights are sigmoids */
+    S_CHOSEN_SOFTMAX = 1 << 10, /* softmax over the chosen experts only */
+    S_LOGITS_OVER = 1 << 11, /* logits are divided by logit_scale, not multiplied */
+    S_BIG_WINDOWS = 1 << 12  /* only the size with big_layers has windows */
+};
+
 typedef struct {
-    const char *name;   /* general.architecture */
-    int pairs_apart;    /* RoPE turns (i, i + n_rot/2) instead of (2i, 2i+1) */
-    int qk_norm;        /* q_norm and k_norm are required */
+    const char *name;       /* general.architecture */
+    unsigned has, style;
+    enum mat_activation activation;
+    unsigned experts;       /* what layers with experts have instead of T_FFN */
+    unsigned may;           /* beyond T_MAY */
+    int period, window;     /* the last of each `period` layers has no window; the window where the file gives none */
+    double window_base;     /* rope base of layers with windows; 0: the model's */
+    int big_layers;         /* the size with so many layers differs: it scales scores by n_embd / n_head, or see S_BIG_WINDOWS */
 } model_arch;
 
 static const model_arch model_archs[] = {
-    {"llama", 0, 0},
-    {"qwen2", 1, 0},
-    {"qwen3", 1, 1},
+    {"llama", T_LAYER | T_GATED, S_NORMED, MAT_SILU, T_EXPERTS, 0, 0, 0, 0, 0},
+    {"qwen2", T_LAYER | T_GATED, S_HALVES, MAT_SILU, 0, 0, 0, 0, 0, 0},
+    {"qwen2moe", T_LAYER | T_GATED, S_HALVES, MAT_SILU, T_EXPERTS | T_SHARED | T_SHARED_GATE, 0, 0, 0, 0, 0},
+    {"qwen3", T_LAYER | T_GATED | T_HEAD_NORM, S_HALVES, MAT_SILU, 0, 0, 0, 0, 0, 0},
+    {"qwen3moe", T_LAYER | T_GATED | T_HEAD_NORM, S_HALVES | S_NORMED, MAT_SILU, T_EXPERTS, 0, 0, 0, 0, 0},
+    {"gemma", T_LAYER | T_GATED, S_HALVES | S_SQRT_EMBD, MAT_GELU, 0, 0, 0, 0, 0, 0},
+    {"gemma2", T_LAYER | T_GATED | T_POST_NORM, S_HALVES | S_SQRT_EMBD | S_CAPS, MAT_GELU, 0, 0, 2, 4096, 0, 46},
+    {"gemma3", T_LAYER | T_GATED | T_POST_NORM | T_HEAD_NORM, S_HALVES | S_SQRT_EMBD | S_PLAIN_WINDOWS, MAT_GELU, 0, 0, 6, 0, 10000, 62},
+    {"phi3", T_LAYER | T_GATE_UP, S_HALVES, MAT_SILU, 0, 0, 0, 0, 0, 0},
+    {"gpt2", T_LAYER | T_UNGATED | T_NORM_BIAS | T_QKV_BIAS | T_OUT_BIAS | T_POSITIONS, S_NO_ROPE | S_LAYER_NORM, MAT_GELU, 0, 0, 0, 0, 0, 0},
+    {"gpt-oss", (T_LAYER & ~T_FFN_NORM) | T_GATED | T_LATE_NORM | T_SINKS, S_HALVES | S_CHOSEN_SOFTMAX, MAT_SWIGLU7, T_EXPERTS | T_EXPERT_BIAS, 0, 2, 0, 0, 0},
+    {"smollm3", T_LAYER | T_GATED, S_NO_ROPE_4TH, MAT_SILU, 0, 0, 0, 0, 0, 0},
+    {"olmo2", (T_LAYER & ~(T_ATTN_NORM | T_FFN_NORM)) | T_GATED | T_POST_NORM | T_WIDE_NORM, S_HALVES | S_PLAIN_WINDOWS, MAT_SILU, 0, 0, 4, 0, 0, 0},
+    {"olmoe", T_LAYER | T_GATED | T_WIDE_NORM, S_HALVES, MAT_SILU, T_EXPERTS, 0, 0, 0, 0, 0},
+    {"granite", T_LAYER | T_GATED, S_LOGITS_OVER | S_NORMED, MAT_SILU, T_EXPERTS, T_SHARED, 0, 0, 0, 0},
+    {"granitemoe", T_LAYER | T_GATED, S_LOGITS_OVER | S_NORMED, MAT_SILU, T_EXPERTS, T_SHARED, 0, 0, 0, 0},
+    {"starcoder2", T_LAYER | T_UNGATED | T_NORM_BIAS | T_QKV_BIAS | T_OUT_BIAS, S_HALVES | S_LAYER_NORM, MAT_GELU, 0, 0, 0, 0, 0, 0},
+    {"stablelm", (T_LAYER & ~T_FFN_NORM) | T_GATED, S_HALVES | S_LAYER_NORM, MAT_SILU, 0, T_FFN_NORM | T_NORM_BIAS | T_HEADS_NORM, 0, 0, 0, 0},
+    {"command-r", (T_LAYER & ~T_FFN_NORM) | T_GATED, S_LAYER_NORM, MAT_SILU, 0, T_HEADS_NORM, 0, 0, 0, 0},
+    {"cohere2", (T_LAYER & ~T_FFN_NORM) | T_GATED, S_LAYER_NORM | S_ROPE_WINDOWS, MAT_SILU, 0, 0, 4, 0, 0, 0},
+    {"exaone4", (T_LAYER & ~(T_ATTN_NORM | T_FFN_NORM)) | T_GATED | T_POST_NORM | T_HEAD_NORM, S_HALVES | S_ROPE_WINDOWS | S_BIG_WINDOWS, MAT_SILU, 0, 0, 4, 4096, 0, 64},
+    {"ernie4_5", T_LAYER | T_GATED, 0, MAT_SILU, 0, 0, 0, 0, 0, 0},
+    {"glm4", T_LAYER | T_GATE_UP | T_POST_NORM, 0, MAT_SILU, 0, 0, 0, 0, 0, 0},
+    {"lfm2", (T_LAYER & ~T_OUT_NORM) | T_GATED | T_HEAD_NORM | T_EMBD_NORM, S_HALVES, MAT_SILU, 0, T_CONV, MAX_LAYERS, 0, 0, 0},
+    {"lfm2moe", (T_LAYER & ~T_OUT_NORM) | T_GATED | T_HEAD_NORM | T_EMBD_NORM, S_HALVES | S_NORMED | S_SIGMOID, MAT_SILU, T_EXPERTS, T_CHOICE_BIAS | T_CONV, MAX_LAYERS, 0, 0, 0},
+};
+
+/* Families that people ask for, and what lorch lacks for them. */
+static const struct { const char *name, *lacks; } model_refused[] = {
+    {"deepseek2", "latent attention (MLA)"}, {"deepseek", "a leading dense layer beside fine-grained experts"}, {"llama4", "chunked attention and temperature scaling"},
+    {"gemma3n", "per-layer embeddings and alternating updates"}, {"gemma4", "per-layer embeddings and shared keys and values"},
+    {"qwen3next", "gated delta-net layers"}, {"qwen35", "gated delta-net layers"}, {"qwen35moe", "gated delta-net layers"}, {"qwen2vl", "rotation in sections"},
+    {"qwen3vl", "rotation in sections"}, {"falcon-h1", "state-space layers"}, {"granitehybrid", "state-space layers"}, {"nemotron_h", "state-space layers"},
+    {"jamba", "state-space layers"}, {"mamba", "state-space layers"}, {"mamba2", "state-space layers"}, {"rwkv6", "recurrent time mixing"}, {"rwkv7", "recurrent time mixing"},
+    {"bert", "an encoder's output: it makes embeddings, not text"}, {"nomic-bert", "an encoder's output: it makes embeddings, not text"},
+    {"t5", "an encoder"}, {"t5encoder", "an encoder"}, {"bloom", "position biases (ALiBi)"}, {"mpt", "position biases (ALiBi)"}, {"bitnet", "ternary weights"},
+    {"clip", "text: it is the image part of another model"},
 };
 
 typedef struct {
     gguf_file *file;        /* owned */
     tok *tok;               /* owned */
     const model_arch *arch;
+    unsigned style;         /* the family's, and what the keys make of it */
     char name[128];         /* general.name, or the file's name without directory and ending */
     char quant[32];         /* "Q4_K_M", "F16", ... */
     int n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_rot;
+    int n_expert, n_used, n_ff_exp, n_ff_shared; /* n_used experts are chosen for a token */
+    int n_conv_layers, n_conv; /* layers with a convolution over n_conv positions */
     int n_ctx_train;        /* the file's context length */
-    float eps, attn_scale;
+    int n_ctx_most;         /* positions that its scaling of RoPE reaches */
+    float eps, attn_scale, attn_cap, logit_cap, embd_scale, residual_scale, logit_scale, expert_scale;
     double rope_base, rope_factor;
-    float *rope_freqs;      /* [n_rot / 2] divisors of the frequencies, or NULL */
-    double *inv_freq;       /* [n_rot / 2] radians per position */
+    const char *rope_kind;  /* "none", "linear", "yarn", "longrope", "llama3" */
+    float *rope_freqs, *rope_long, *rope_short; /* [n_rot / 2] divisors of the frequencies, or NULL */
+    double *inv_freq[2];    /* [n_rot / 2] radians per position; of layers with windows, if they differ: else NULL */
+    double rope_scale[2];   /* a factor of rotated vectors */
     model_matrix token_embd, output; /* [n_vocab][n_embd]; the output may be the embedding itself */
-    float *output_norm;     /* [n_embd] */
+    model_matrix positions; /* [n_ctx_train][n_embd] or absent */
+    float *output_norm, *output_norm_bias; /* [n_embd] */
     model_layer *layer;
     uint64_t weight_bytes;  /* of all tensors */
     uint64_t token_bytes;   /* weights read for each token: all matrices, the embedding's row aside */
@@ -4486,46 +4664,88 @@ typedef struct {
 
 /* ---- binding tensors to fields ---- */
 
-enum model_dim { DIM_NONE, DIM_EMBD, DIM_Q, DIM_KV, DIM_HEAD, DIM_FF, DIM_VOCAB, DIM_ROT_HALF };
-enum model_need { NEED_NO, NEED_YES, NEED_QK_NORM };
+enum model_dim {
+    DIM_NONE, DIM_EMBD, DIM_Q, DIM_KV, DIM_HEAD, DIM_HEADS, DIM_HEADS_KV, DIM_FF, DIM_FF_EXP, DIM_FF_SHARED, DIM_EXPERT, DIM_VOCAB, DIM_ROT_HALF,
+    DIM_CTX, DIM_CONV, DIM_EMBD3, DIM_ONE
+};
 
+/* Matrices name the lengths of a row and then of rows; vectors of floats name theirs and have DIM_NONE for rows. */
 typedef struct {
     const char *name;       /* of a layer: what follows "blk.N." */
-    size_t field;           /* offset in model_layer or model */
-    enum model_dim in, out; /* a vector has no out: it is converted to floats */
-    enum model_need need;
+    unsigned group;
+    enum { MATRIX, VECTOR, EXPERTS } kind; /* a vector is converted to floats; experts have a third dimension */
+    enum model_dim in;
+    struct { size_t field; enum model_dim out; } part[3]; /* rows go to these fields, in order; offset in model_layer or model */
 } model_tensor;
 
 #define F(field) offsetof(model_layer, field)
+#define M(in, field, out) MATRIX, in, {{F(field), out}}
+#define W(field, in) VECTOR, in, {{F(field), DIM_ONE}}
 static const model_tensor model_layer_tensors[] = {
-    {"attn_norm.weight", F(attn_norm), DIM_EMBD, DIM_NONE, NEED_YES},
-    {"attn_q.weight", F(q), DIM_EMBD, DIM_Q, NEED_YES},
-    {"attn_k.weight", F(k), DIM_EMBD, DIM_KV, NEED_YES},
-    {"attn_v.weight", F(v), DIM_EMBD, DIM_KV, NEED_YES},
-    {"attn_output.weight", F(o), DIM_Q, DIM_EMBD, NEED_YES},
-    {"attn_q.bias", F(q_bias), DIM_Q, DIM_NONE, NEED_NO},
-    {"attn_k.bias", F(k_bias), DIM_KV, DIM_NONE, NEED_NO},
-    {"attn_v.bias", F(v_bias), DIM_KV, DIM_NONE, NEED_NO},
-    {"attn_output.bias", F(o_bias), DIM_EMBD, DIM_NONE, NEED_NO},
-    {"attn_q_norm.weight", F(q_norm), DIM_HEAD, DIM_NONE, NEED_QK_NORM},
-    {"attn_k_norm.weight", F(k_norm), DIM_HEAD, DIM_NONE, NEED_QK_NORM},
-    {"ffn_norm.weight", F(ffn_norm), DIM_EMBD, DIM_NONE, NEED_YES},
-    {"ffn_gate.weight", F(gate), DIM_EMBD, DIM_FF, NEED_YES},
-    {"ffn_up.weight", F(up), DIM_EMBD, DIM_FF, NEED_YES},
-    {"ffn_down.weight", F(down), DIM_FF, DIM_EMBD, NEED_YES},
-    {"ffn_gate.bias", F(gate_bias), DIM_FF, DIM_NONE, NEED_NO},
-    {"ffn_up.bias", F(up_bias), DIM_FF, DIM_NONE, NEED_NO},
-    {"ffn_down.bias", F(down_bias), DIM_EMBD, DIM_NONE, NEED_NO},
+    {"attn_norm.weight", T_ATTN_NORM, W(attn_norm, DIM_EMBD)},
+    {"attn_norm.bias", T_NORM_BIAS, W(attn_norm_bias, DIM_EMBD)},
+    {"attn_qkv.weight", T_FUSED, MATRIX, DIM_EMBD, {{F(q), DIM_Q}, {F(k), DIM_KV}, {F(v), DIM_KV}}},
+    {"attn_q.weight", T_ATTN, M(DIM_EMBD, q, DIM_Q)},
+    {"attn_k.weight", T_ATTN, M(DIM_EMBD, k, DIM_KV)},
+    {"attn_v.weight", T_ATTN, M(DIM_EMBD, v, DIM_KV)},
+    {"attn_output.weight", T_ATTN, M(DIM_Q, o, DIM_EMBD)},
+    {"attn_qkv.bias", T_FUSED, VECTOR, DIM_ONE, {{F(q_bias), DIM_Q}, {F(k_bias), DIM_KV}, {F(v_bias), DIM_KV}}},
+    {"attn_q.bias", T_QKV_BIAS, W(q_bias, DIM_Q)},
+    {"attn_k.bias", T_QKV_BIAS, W(k_bias, DIM_KV)},
+    {"attn_v.bias", T_QKV_BIAS, W(v_bias, DIM_KV)},
+    {"attn_output.bias", T_OUT_BIAS, W(o_bias, DIM_EMBD)},
+    {"attn_q_norm.weight", T_HEAD_NORM, W(q_norm, DIM_HEAD)},
+    {"attn_k_norm.weight", T_HEAD_NORM, W(k_norm, DIM_HEAD)},
+    {"attn_q_norm.weight", T_HEADS_NORM, VECTOR, DIM_HEAD, {{F(q_norm), DIM_HEADS}}},
+    {"attn_k_norm.weight", T_HEADS_NORM, VECTOR, DIM_HEAD, {{F(k_norm), DIM_HEADS_KV}}},
+    {"attn_q_norm.weight", T_WIDE_NORM, W(q_norm, DIM_Q)},
+    {"attn_k_norm.weight", T_WIDE_NORM, W(k_norm, DIM_KV)},
+    {"attn_sinks.weight", T_SINKS, W(sinks, DIM_HEADS)},
+    {"shortconv.conv.weight", T_CONV, VECTOR, DIM_CONV, {{F(conv), DIM_EMBD}}},
+    {"shortconv.in_proj.weight", T_CONV, M(DIM_EMBD, conv_in, DIM_EMBD3)},
+    {"shortconv.out_proj.weight", T_CONV, M(DIM_EMBD, o, DIM_EMBD)},
+    {"post_attention_norm.weight", T_POST_NORM, W(attn_post_norm, DIM_EMBD)},
+    {"post_attention_norm.weight", T_LATE_NORM, W(ffn_norm, DIM_EMBD)},
+    {"ffn_norm.weight", T_FFN_NORM, W(ffn_norm, DIM_EMBD)},
+    {"ffn_norm.bias", T_NORM_BIAS, W(ffn_norm_bias, DIM_EMBD)},
+    {"ffn_gate.weight", T_GATED, M(DIM_EMBD, gate, DIM_FF)},
+    {"ffn_up.weight", T_GATED | T_UNGATED, M(DIM_EMBD, up, DIM_FF)},
+    {"ffn_up.weight", T_GATE_UP, MATRIX, DIM_EMBD, {{F(gate), DIM_FF}, {F(up), DIM_FF}}},
+    {"ffn_down.weight", T_FFN, M(DIM_FF, down, DIM_EMBD)},
+    {"ffn_gate.bias", T_GATE_BIAS, W(gate_bias, DIM_FF)},
+    {"ffn_up.bias", T_OUT_BIAS, W(up_bias, DIM_FF)},
+    {"ffn_down.bias", T_OUT_BIAS, W(down_bias, DIM_EMBD)},
+    {"post_ffw_norm.weight", T_POST_NORM, W(ffn_post_norm, DIM_EMBD)},
+    {"ffn_gate_inp.weight", T_EXPERTS, M(DIM_EMBD, route, DIM_EXPERT)},
+    {"ffn_gate_exps.weight", T_EXPERTS, EXPERTS, DIM_EMBD, {{F(gates), DIM_FF_EXP}}},
+    {"ffn_up_exps.weight", T_EXPERTS, EXPERTS, DIM_EMBD, {{F(ups), DIM_FF_EXP}}},
+    {"ffn_down_exps.weight", T_EXPERTS, EXPERTS, DIM_FF_EXP, {{F(downs), DIM_EMBD}}},
+    {"ffn_gate_inp.bias", T_EXPERT_BIAS, W(route_bias, DIM_EXPERT)},
+    {"ffn_gate_exps.bias", T_EXPERT_BIAS, VECTOR, DIM_FF_EXP, {{F(gates_bias), DIM_EXPERT}}},
+    {"ffn_up_exps.bias", T_EXPERT_BIAS, VECTOR, DIM_FF_EXP, {{F(ups_bias), DIM_EXPERT}}},
+    {"ffn_down_exps.bias", T_EXPERT_BIAS, VECTOR, DIM_EMBD, {{F(downs_bias), DIM_EXPERT}}},
+    {"exp_probs_b.bias", T_CHOICE_BIAS, W(choice_bias, DIM_EXPERT)},
+    {"ffn_gate_shexp.weight", T_SHARED, M(DIM_EMBD, gate, DIM_FF_SHARED)},
+    {"ffn_up_shexp.weight", T_SHARED, M(DIM_EMBD, up, DIM_FF_SHARED)},
+    {"ffn_down_shexp.weight", T_SHARED, M(DIM_FF_SHARED, down, DIM_EMBD)},
+    {"ffn_gate_inp_shexp.weight", T_SHARED_GATE, M(DIM_EMBD, share, DIM_ONE)},
 };
 #undef F
 #define F(field) offsetof(model, field)
 static const model_tensor model_global_tensors[] = {
-    {"token_embd.weight", F(token_embd), DIM_EMBD, DIM_VOCAB, NEED_YES},
-    {"output_norm.weight", F(output_norm), DIM_EMBD, DIM_NONE, NEED_YES},
-    {"output.weight", F(output), DIM_EMBD, DIM_VOCAB, NEED_NO},
-    {"rope_freqs.weight", F(rope_freqs), DIM_ROT_HALF, DIM_NONE, NEED_NO},
+    {"token_embd.weight", T_BASE, M(DIM_EMBD, token_embd, DIM_VOCAB)},
+    {"position_embd.weight", T_POSITIONS, M(DIM_EMBD, positions, DIM_CTX)},
+    {"output_norm.weight", T_OUT_NORM, W(output_norm, DIM_EMBD)},
+    {"token_embd_norm.weight", T_EMBD_NORM, W(output_norm, DIM_EMBD)},
+    {"output_norm.bias", T_NORM_BIAS, W(output_norm_bias, DIM_EMBD)},
+    {"output.weight", T_OUTPUT, M(DIM_EMBD, output, DIM_VOCAB)},
+    {"rope_freqs.weight", T_FACTORS, W(rope_freqs, DIM_ROT_HALF)},
+    {"rope_factors_long.weight", T_FACTORS, W(rope_long, DIM_ROT_HALF)},
+    {"rope_factors_short.weight", T_FACTORS, W(rope_short, DIM_ROT_HALF)},
 };
 #undef F
+#undef M
+#undef W
 enum {
     N_LAYER_TENSORS = sizeof model_layer_tensors / sizeof *model_layer_tensors,
     N_GLOBAL_TENSORS = sizeof model_global_tensors / sizeof *model_global_tensors
@@ -4533,38 +4753,74 @@ enum {
 
 static int64_t model_dim_of(const model *m, enum model_dim d) {
     switch (d) {
+    case DIM_NONE: return 0;
     case DIM_EMBD: return m->n_embd;
+    case DIM_EMBD3: return 3 * (int64_t)m->n_embd;
     case DIM_Q: return (int64_t)m->n_head * m->head_dim;
     case DIM_KV: return (int64_t)m->n_head_kv * m->head_dim;
     case DIM_HEAD: return m->head_dim;
+    case DIM_HEADS: return m->n_head;
+    case DIM_HEADS_KV: return m->n_head_kv;
     case DIM_FF: return m->n_ff;
+    case DIM_FF_EXP: return m->n_ff_exp;
+    case DIM_FF_SHARED: return m->n_ff_shared;
+    case DIM_EXPERT: return m->n_expert;
     case DIM_VOCAB: return m->n_vocab;
     case DIM_ROT_HALF: return m->n_rot / 2;
-    default: return 1;
+    case DIM_CTX: return m->n_ctx_train;
+    case DIM_CONV: return m->n_conv;
+    case DIM_ONE: return 1;
     }
+    return 0;
 }
 
-/* Binds one tensor to a field of `base`. Returns 0 with err set. */
+/* The groups of a layer's tensors: those that it must have, and in *may those that it may have besides. */
+static unsigned model_layer_groups(const model *m, const model_layer *l, unsigned *may) {
+    unsigned has = m->arch->has;
+    if (l->has_experts) has = (has & ~(unsigned)T_FFN) | m->arch->experts;
+    if (l->is_conv) has = (has & ~(unsigned)(T_ATTN | T_HEAD_NORM)) | T_CONV;
+    *may = has | m->arch->may | T_MAY;
+    return has;
+}
+
+/* The numbers of a vector of the file, as floats, on the heap. */
+static float *model_vector(const quant_format *f, const char *data, int64_t rows, int64_t n) {
+    float *v = sys_zalloc((size_t)rows, (size_t)n * sizeof *v);
+    for (int64_t r = 0; v && r < rows; r++) quant_dequantise(f, data + (size_t)r * quant_row_bytes(f, n), v + r * n, n);
+    return v;
+}
+
+/* Binds one tensor to its fields in `base`. Returns 0 with err set. */
 static int model_bind(model *m, const gguf_tensor *t, const model_tensor *want, void *base, char *err, size_t cap) {
     const quant_format *f = quant_find(t->type);
-    int64_t in = model_dim_of(m, want->in), out = model_dim_of(m, want->out);
-    void *field = (char *)base + want->field;
+    int64_t in = model_dim_of(m, want->in), rows = 0, experts = want->kind == EXPERTS ? m->n_expert : 1;
+    const char *data = t->data;
+    for (int i = 0; i < 3; i++) rows += model_dim_of(m, want->part[i].out);
+    int64_t fused = want->in == DIM_ONE ? 1 : rows; /* a vector of several parts lies in one row */
+    if (want->in == DIM_ONE) in = rows;
     if (f->kind == QUANT_NONE)
         return sys_fail(err, cap, "%s: tensor %.*s is %s, which is not supported; supported: %s", m->file->path, (int)t->name.len, t->name.ptr, f->name,
                         quant_supported());
-    if (t->dim[0] != (uint64_t)in || t->dim[1] != (uint64_t)out || t->dim[2] != 1 || t->dim[3] != 1)
-        return sys_fail(err, cap, "%s: tensor %.*s is %llu x %llu, but the model's shape asks for %lld x %lld", m->file->path, (int)t->name.len, t->name.ptr,
-                        (unsigned long long)t->dim[0], (unsigned long long)t->dim[1], (long long)in, (long long)out);
-    if (want->out == DIM_NONE) {
-        float *v = sys_zalloc((size_t)in, sizeof *v);
-        if (!v) return sys_fail(err, cap, "%s: out of memory", m->file->path);
-        quant_dequantise(f, t->data, v, in);
-        *(float **)field = v;
-        return 1;
+    if (t->dim[0] != (uint64_t)in || t->dim[1] != (uint64_t)fused || t->dim[2] != (uint64_t)experts || t->dim[3] != 1)
+        return sys_fail(err, cap, "%s: tensor %.*s is %llu x %llu x %llu, but the model's shape asks for %lld x %lld x %lld", m->file->path, (int)t->name.len,
+                        t->name.ptr, (unsigned long long)t->dim[0], (unsigned long long)t->dim[1], (unsigned long long)t->dim[2], (long long)in,
+                        (long long)fused, (long long)experts);
+    for (int i = 0; i < 3 && want->part[i].out != DIM_NONE; i++) {
+        int64_t n = want->in == DIM_ONE ? model_dim_of(m, want->part[i].out) : in, part = want->in == DIM_ONE ? 1 : model_dim_of(m, want->part[i].out);
+        void *field = (char *)base + want->part[i].field;
+        if (want->kind == VECTOR) {
+            float *v = model_vector(f, data, part, n);
+            if (!v) return sys_fail(err, cap, "%s: out of memory", m->file->path);
+            free(*(float **)field);
+            *(float **)field = v;
+        } else {
+            model_matrix *x = field;
+            x->format = f, x->data = data, x->n = in, x->rows = part * experts;
+        }
+        data += quant_row_bytes(f, n) * (size_t)part;
     }
-    model_matrix *x = field;
-    x->format = f, x->data = t->data, x->n = in, x->rows = out;
-    if (want->in != DIM_EMBD || want->out != DIM_VOCAB || want->need == NEED_NO) m->token_bytes += t->bytes;
+    if (want->kind == EXPERTS) m->token_bytes += t->bytes / (uint64_t)experts * (uint64_t)m->n_used;
+    else if (want->kind == MATRIX && !(want->group & (T_BASE | T_POSITIONS))) m->token_bytes += t->bytes;
     return 1;
 }
 
@@ -4580,39 +4836,53 @@ static const char *model_layer_name(str name, char tmp[GGUF_MAX_NAME], uint64_t 
 static int model_bind_one(model *m, const gguf_tensor *t, char *err, size_t cap) {
     char tmp[GGUF_MAX_NAME];
     uint64_t layer = 0;
+    unsigned may = m->arch->has | m->arch->may | T_MAY;
     const char *rest = model_layer_name(t->name, tmp, &layer);
     if (rest && layer < (uint64_t)m->n_layer) {
+        model_layer *l = &m->layer[layer];
+        model_layer_groups(m, l, &may);
         for (int i = 0; i < N_LAYER_TENSORS; i++)
-            if (strcmp(rest, model_layer_tensors[i].name) == 0) return model_bind(m, t, &model_layer_tensors[i], &m->layer[layer], err, cap);
+            if ((model_layer_tensors[i].group & may) && strcmp(rest, model_layer_tensors[i].name) == 0)
+                return model_bind(m, t, &model_layer_tensors[i], l, err, cap);
         if (strcmp(rest, "attn_rot_embd.weight") == 0) return 1; /* a table that old converters left behind */
     } else if (!rest)
         for (int i = 0; i < N_GLOBAL_TENSORS; i++)
-            if (str_is(t->name, model_global_tensors[i].name)) return model_bind(m, t, &model_global_tensors[i], m, err, cap);
+            if ((model_global_tensors[i].group & may) && str_is(t->name, model_global_tensors[i].name))
+                return model_bind(m, t, &model_global_tensors[i], m, err, cap);
     return sys_fail(err, cap, "%s: tensor %s is not one that lorch knows for architecture '%s' with %d layers: leaving it out would change the output",
                     m->file->path, tmp, m->arch->name, m->n_layer);
 }
 
 static int model_present(const model_tensor *want, const void *base) {
-    const char *field = (const char *)base + want->field;
-    return want->out == DIM_NONE ? *(float *const *)(const void *)field != NULL : ((const model_matrix *)(const void *)field)->format != NULL;
+    const char *field = (const char *)base + want->part[0].field;
+    return want->kind == VECTOR ? *(float *const *)(const void *)field != NULL : ((const model_matrix *)(const void *)field)->format != NULL;
+}
+
+/* The first tensor of these groups that is missing, or NULL. */
+static const char *model_missing(const model_tensor *tensors, int n, unsigned has, const void *base) {
+    for (int i = 0; i < n; i++)
+        if ((tensors[i].group & has) && !model_present(&tensors[i], base)) return tensors[i].name;
+    return NULL;
 }
 
 static int model_bind_all(model *m, char *err, size_t cap) {
-    m->layer = sys_zalloc((size_t)m->n_layer, sizeof *m->layer);
-    if (!m->layer) return sys_fail(err, cap, "%s: out of memory", m->file->path);
+    const char *missing;
+    unsigned may;
     for (uint64_t i = 0; i < m->file->n_tensors; i++) {
         m->weight_bytes += m->file->tensor[i].bytes;
         if (!model_bind_one(m, &m->file->tensor[i], err, cap)) return 0;
     }
-    for (int i = 0; i < N_GLOBAL_TENSORS; i++)
-        if (model_global_tensors[i].need == NEED_YES && !model_present(&model_global_tensors[i], m))
-            return sys_fail(err, cap, "%s: tensor %s is missing", m->file->path, model_global_tensors[i].name);
-    for (int l = 0; l < m->n_layer; l++)
-        for (int i = 0; i < N_LAYER_TENSORS; i++) {
-            enum model_need need = model_layer_tensors[i].need;
-            if ((need == NEED_YES || (need == NEED_QK_NORM && m->arch->qk_norm)) && !model_present(&model_layer_tensors[i], &m->layer[l]))
-                return sys_fail(err, cap, "%s: tensor blk.%d.%s is missing", m->file->path, l, model_layer_tensors[i].name);
-        }
+    if ((missing = model_missing(model_global_tensors, N_GLOBAL_TENSORS, m->arch->has, m)))
+        return sys_fail(err, cap, "%s: tensor %s is missing", m->file->path, missing);
+    for (int l = 0; l < m->n_layer; l++) {
+        model_layer *y = &m->layer[l];
+        unsigned has = model_layer_groups(m, y, &may);
+        if (y->gate.format && y->has_experts) has |= T_SHARED & may;
+        if ((missing = model_missing(model_layer_tensors, N_LAYER_TENSORS, has, y)))
+            return sys_fail(err, cap, "%s: tensor blk.%d.%s is missing", m->file->path, l, missing);
+        if (!y->q_norm != !y->k_norm || (y->ffn_norm_bias && !y->ffn_norm))
+            return sys_fail(err, cap, "%s: layer %d has one norm of a pair, but not the other", m->file->path, l);
+    }
     if (!m->output.format) { /* tied */
         m->output = m->token_embd;
         m->token_bytes += quant_row_bytes(m->output.format, m->output.n) * (uint64_t)m->output.rows;
@@ -4622,12 +4892,32 @@ static int model_bind_all(model *m, char *err, size_t cap) {
 
 /* ---- shapes ---- */
 
-/* "llama.block_count" and the like; refuses values outside 1..most. */
+/* A key of the model's family, "llama.block_count" and the like. */
+static const gguf_kv *model_key(const model *m, const char *key, char full[96]) {
+    snprintf(full, 96, "%s.%s", m->arch->name, key);
+    return gguf_find(m->file, full);
+}
+
+/* A whole number of a layer, where the file may give one for all or an array; `missing` where it gives none. */
+static uint64_t model_layer_uint(const model *m, const char *key, int layer, uint64_t missing) {
+    char full[96];
+    const gguf_kv *kv = model_key(m, key, full);
+    if (!kv || !kv->is_array) return gguf_get_uint(m->file, full, missing);
+    uint32_t v = 0;
+    if (layer >= 0 && (uint64_t)layer < kv->count && (kv->type == GGUF_U32 || kv->type == GGUF_I32)) return memcpy(&v, kv->value + 4 * layer, 4), v;
+    return layer >= 0 && (uint64_t)layer < kv->count && kv->type == GGUF_BOOL ? kv->value[layer] : missing;
+}
+
+/* A shape's key: the largest of all layers'. Refuses values outside 1..most. */
 static int model_shape(const model *m, const char *key, int missing, int most, int *out, char *err, size_t cap) {
     char full[96];
-    snprintf(full, sizeof full, "%s.%s", m->arch->name, key);
-    uint64_t v = gguf_get_uint(m->file, full, missing > 0 ? (uint64_t)missing : 0);
-    if (!gguf_find(m->file, full) && missing == 0) return sys_fail(err, cap, "%s: key %s is missing", m->file->path, full);
+    const gguf_kv *kv = model_key(m, key, full);
+    if (!kv && missing == 0) return sys_fail(err, cap, "%s: key %s is missing", m->file->path, full);
+    uint64_t v = 0;
+    for (int l = 0; l < (kv && kv->is_array ? m->n_layer : 1); l++) {
+        uint64_t one = model_layer_uint(m, key, l, missing > 0 ? (uint64_t)missing : 0);
+        if (one > v) v = one;
+    }
     if (v < 1 || v > (uint64_t)most) return sys_fail(err, cap, "%s: %s is %llu; 1 to %d is supported", m->file->path, full, (unsigned long long)v, most);
     *out = (int)v;
     return 1;
@@ -4635,22 +4925,154 @@ static int model_shape(const model *m, const char *key, int missing, int most, i
 
 static double model_number(const model *m, const char *key, double missing) {
     char full[96];
-    snprintf(full, sizeof full, "%s.%s", m->arch->name, key);
+    model_key(m, key, full);
     return gguf_get_float(m->file, full, missing);
 }
 
+/* The scaling of RoPE. Kinds as in llama.cpp's converters: none, linear, yarn, longrope; llama3 shows in its factors. */
 static int model_read_rope(model *m, char *err, size_t cap) {
-    char key[96], shown[96];
-    snprintf(key, sizeof key, "%s.rope.scaling.type", m->arch->name);
-    str type = gguf_get_str(m->file, key);
+    static const char *const kinds[] = {"none", "linear", "yarn", "longrope"};
+    char full[96], shown[96];
+    model_key(m, "rope.scaling.type", full);
+    str type = gguf_get_str(m->file, full);
+    m->rope_kind = type.len ? NULL : "linear";
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (str_is(type, kinds[i])) m->rope_kind = kinds[i];
+    if (!m->rope_kind)
+        return sys_fail(err, cap, "%s: rope scaling '%s' is not supported; supported: none, linear, yarn, longrope, and llama3 by rope_freqs", m->file->path,
+                        gguf_show(type, shown));
     m->rope_base = model_number(m, "rope.freq_base", 10000);
     m->rope_factor = model_number(m, "rope.scaling.factor", model_number(m, "rope.scale_linear", 1));
-    if (type.len && !str_is(type, "none") && !str_is(type, "linear"))
-        return sys_fail(err, cap, "%s: rope scaling '%s' is not supported; supported: none, linear, rope_freqs", m->file->path, gguf_show(type, shown));
-    if (str_is(type, "none")) m->rope_factor = 1;
+    if (m->rope_factor == 0 || strcmp(m->rope_kind, "none") == 0) m->rope_factor = 1;
+    if (!type.len && m->rope_factor == 1) m->rope_kind = "none";
     if (!(m->rope_base >= 1 && m->rope_base < 1e12) || !(m->rope_factor > 0 && m->rope_factor < 1e6))
         return sys_fail(err, cap, "%s: rope base %g or factor %g is out of range", m->file->path, m->rope_base, m->rope_factor);
     if (m->n_rot % 2 || m->n_rot > m->head_dim) return sys_fail(err, cap, "%s: rope dimension count %d does not fit a head of %d", m->file->path, m->n_rot, m->head_dim);
+    double original = model_number(m, "rope.scaling.original_context_length", 0), reach = original * m->rope_factor;
+    m->n_ctx_most = reach > m->n_ctx_train && reach <= MAX_CONTEXT ? (int)reach : m->n_ctx_train;
+    return 1;
+}
+
+/* The frequencies of RoPE: base^(-2i/n_rot), divided by the file's factors and scaled. YaRN (Peng et al., 2023)
+ * scales the slow ones alone, with a ramp between. */
+static void model_angles(const model *m, double base, double factor, const float *divisors, double yarn, double *inv_freq) {
+    double original = model_number(m, "rope.scaling.original_context_length", m->n_ctx_train), ramp[2];
+    double turns[2] = {model_number(m, "rope.scaling.yarn_beta_fast", 32), model_number(m, "rope.scaling.yarn_beta_slow", 1)};
+    for (int i = 0; i < 2; i++) ramp[i] = m->n_rot * num_log(original / (turns[i] * 2 * 3.14159265358979323846)) / (2 * num_log(base));
+    double from = floor(ramp[0]) > 0 ? floor(ramp[0]) : 0, to = ceil(ramp[1]) < m->n_rot - 1 ? ceil(ramp[1]) : m->n_rot - 1;
+    for (int i = 0; i < m->n_rot / 2; i++) {
+        double slow = (i - from) / (to - from > 0.001 ? to - from : 0.001);
+        double kept = yarn * (1 - (slow < 0 ? 0 : slow > 1 ? 1 : slow)), scale = (1 - kept) / factor + kept;
+        inv_freq[i] = num_exp(num_log(base) * (-2.0 * i / m->n_rot)) * scale / (divisors ? (double)divisors[i] : 1.0);
+    }
+}
+
+/* Fills in the tables of angles for a context that was asked for (0: as long as the file's). Of longrope's two
+ * sets of factors the short one serves contexts within the original length; the choice must not depend on memory,
+ * for the same job must give the same tokens on every worker. */
+static void model_use_context(model *m, int n_ctx) {
+    double original = model_number(m, "rope.scaling.original_context_length", m->n_ctx_train), yarn = 0, scale = 1;
+    const float *divisors = m->rope_freqs;
+    if (strcmp(m->rope_kind, "longrope") == 0) divisors = (n_ctx ? n_ctx : m->n_ctx_train) > original ? m->rope_long : m->rope_short;
+    if (strcmp(m->rope_kind, "yarn") == 0) {
+        double grown = m->rope_factor > 1 ? 0.1 * num_log(m->rope_factor) : 0;
+        yarn = model_number(m, "rope.scaling.yarn_ext_factor", 1);
+        if (yarn < 0) yarn = 1;
+        scale = (1 + grown) / (1 + grown * model_number(m, "rope.scaling.yarn_log_multiplier", 0));
+    }
+    model_angles(m, m->rope_base, m->rope_factor, divisors, yarn, m->inv_freq[0]);
+    m->rope_scale[0] = scale * model_number(m, "rope.scaling.attn_factor", 1);
+    m->rope_scale[1] = 1;
+    double base = model_number(m, "rope.freq_base_swa", m->arch->window_base > 0 ? m->arch->window_base : m->rope_base);
+    if (m->inv_freq[1]) model_angles(m, base, 1, m->rope_freqs, 0, m->inv_freq[1]);
+}
+
+/* Looks through the names for what the keys do not say: which layers have experts or convolutions, and their sizes. */
+static int model_scan(model *m, char *err, size_t cap) {
+    const struct { const char *name; int dim, *size; } sizes[] = {
+        {"ffn_up_exps.weight", 1, &m->n_ff_exp}, {"ffn_up_shexp.weight", 1, &m->n_ff_shared}, {"shortconv.conv.weight", 0, &m->n_conv}};
+    m->layer = sys_zalloc((size_t)m->n_layer, sizeof *m->layer);
+    if (!m->layer) return sys_fail(err, cap, "%s: out of memory", m->file->path);
+    for (uint64_t i = 0; i < m->file->n_tensors; i++) {
+        const gguf_tensor *t = &m->file->tensor[i];
+        char tmp[GGUF_MAX_NAME];
+        uint64_t layer = 0;
+        const char *rest = model_layer_name(t->name, tmp, &layer);
+        if (!rest || layer >= (uint64_t)m->n_layer) continue;
+        if (strcmp(rest, "ffn_gate_inp.weight") == 0) m->layer[layer].has_experts = 1;
+        if (strcmp(rest, "shortconv.conv.weight") == 0 && (m->arch->may & T_CONV)) m->layer[layer].is_conv = 1, m->n_conv_layers++;
+        for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
+            if (strcmp(rest, sizes[k].name) != 0) continue;
+            if (t->dim[sizes[k].dim] > 1 << 20) return sys_fail(err, cap, "%s: tensor %s is too large", m->file->path, tmp);
+            *sizes[k].size = (int)t->dim[sizes[k].dim];
+        }
+    }
+    if (m->n_conv_layers == m->n_layer) return sys_fail(err, cap, "%s: a model without attention is not supported", m->file->path);
+    return 1;
+}
+
+static int model_read_experts(model *m, char *err, size_t cap) {
+    static const unsigned how[] = {0, 0, S_SIGMOID, S_CHOSEN_SOFTMAX}; /* by expert_gating_func */
+    uint64_t gating = model_layer_uint(m, "expert_gating_func", -1, 0);
+    m->style = m->arch->style;
+    m->n_expert = (int)model_layer_uint(m, "expert_count", -1, 0), m->n_used = (int)model_layer_uint(m, "expert_used_count", -1, 0);
+    if (m->n_expert < 0 || m->n_expert > MAX_EXPERTS || m->n_used > m->n_expert || m->n_used < (m->n_expert > 0) || m->n_used > MAX_EXPERTS_USED)
+        return sys_fail(err, cap, "%s: %d of %d experts for a token; 1 to %d of at most %d is supported", m->file->path, m->n_used, m->n_expert,
+                        MAX_EXPERTS_USED, MAX_EXPERTS);
+    if (model_layer_uint(m, "expert_group_count", -1, 1) > 1) return sys_fail(err, cap, "%s: experts in groups are not supported", m->file->path);
+    if (gating > 3) return sys_fail(err, cap, "%s: expert_gating_func %d is not supported", m->file->path, (int)gating);
+    if (gating) m->style = (m->style & ~(unsigned)(S_SIGMOID | S_CHOSEN_SOFTMAX)) | how[gating];
+    m->expert_scale = (float)model_number(m, "expert_weights_scale", 1);
+    if (m->expert_scale == 0) m->expert_scale = 1;
+    for (int l = 0; l < m->n_layer; l++)
+        if (m->layer[l].has_experts && m->n_expert == 0) return sys_fail(err, cap, "%s: layer %d has experts, but the keys give their number as 0", m->file->path, l);
+    return 1;
+}
+
+/* Windows and rotation of each layer. */
+static int model_read_layers(model *m, char *err, size_t cap) {
+    const model_arch *a = m->arch;
+    char full[96];
+    const gguf_kv *pattern = model_key(m, "attention.sliding_window_pattern", full);
+    int none = a->period == 0 || ((a->style & S_BIG_WINDOWS) && m->n_layer != a->big_layers);
+    uint64_t window = none ? 0 : model_layer_uint(m, "attention.sliding_window", -1, (uint64_t)a->window);
+    uint64_t period = pattern && !pattern->is_array ? gguf_get_uint(m->file, full, 0) : (uint64_t)a->period;
+    if (window > MAX_CONTEXT || period > MAX_LAYERS) return sys_fail(err, cap, "%s: sliding window or its pattern is out of range", m->file->path);
+    for (int l = 0; l < m->n_layer; l++) {
+        model_layer *y = &m->layer[l];
+        int in_window = pattern && pattern->is_array ? model_layer_uint(m, "attention.sliding_window_pattern", l, 0) != 0
+                                                     : period == 0 || (uint64_t)l % period < period - 1;
+        y->window = window && in_window ? (int)window : 0;
+        y->rope = y->window && (a->style & S_PLAIN_WINDOWS) ? 1 : 0;
+        if ((a->style & S_NO_ROPE) || ((a->style & S_NO_ROPE_4TH) && l % 4 == 3) || ((a->style & S_ROPE_WINDOWS) && window && !y->window)) y->rope = -1;
+    }
+    if (!gguf_get_bool(m->file, (model_key(m, "rope.scaling.finetuned", full), full), 1) && (a->style & S_LOGITS_OVER)) /* granite says so that it has no RoPE */
+        for (int l = 0; l < m->n_layer; l++) m->layer[l].rope = -1;
+    m->inv_freq[0] = sys_zalloc((size_t)m->n_rot + 1, sizeof(double));
+    if (window && (a->style & S_PLAIN_WINDOWS)) m->inv_freq[1] = sys_zalloc((size_t)m->n_rot + 1, sizeof(double));
+    if (!m->inv_freq[0] || (window && (a->style & S_PLAIN_WINDOWS) && !m->inv_freq[1])) return sys_fail(err, cap, "%s: out of memory", m->file->path);
+    return 1;
+}
+
+static int model_read_scales(model *m, char *err, size_t cap) {
+    int ln = (m->arch->style & S_LAYER_NORM) != 0, caps = (m->arch->style & S_CAPS) != 0;
+    const char *eps = ln ? "attention.layer_norm_epsilon" : "attention.layer_norm_rms_epsilon";
+    m->eps = (float)model_number(m, eps, 1e-5);
+    m->attn_scale = (float)model_number(m, "attention.scale", 0);
+    if (m->attn_scale == 0) m->attn_scale = 1.0f / sqrtf((float)(m->n_layer == m->arch->big_layers && !(m->arch->style & S_BIG_WINDOWS) ? m->n_embd / m->n_head : m->head_dim));
+    m->embd_scale = (float)model_number(m, "embedding_scale", m->arch->style & S_SQRT_EMBD ? sqrt(m->n_embd) : 1);
+    m->residual_scale = (float)model_number(m, "residual_scale", 1);
+    m->logit_scale = (float)model_number(m, "logit_scale", 1);
+    if (m->embd_scale == 0) m->embd_scale = 1;
+    if (m->residual_scale == 0) m->residual_scale = 1;
+    if (m->logit_scale == 0) m->logit_scale = 1;
+    if (m->arch->style & S_LOGITS_OVER) m->logit_scale = 1 / m->logit_scale;
+    m->attn_cap = caps ? (float)model_number(m, "attn_logit_softcapping", 50) : 0;
+    m->logit_cap = caps ? (float)model_number(m, "final_logit_softcapping", 30) : 0;
+    if (!(m->eps >= 0 && m->eps < 1)) return sys_fail(err, cap, "%s: %s is out of range", m->file->path, eps);
+    const float scales[] = {m->attn_scale, m->embd_scale, m->residual_scale, m->logit_scale, m->expert_scale, m->attn_cap + 1, m->logit_cap + 1};
+    for (size_t i = 0; i < sizeof scales / sizeof *scales; i++)
+        if (!(scales[i] > 0 && scales[i] < 1e9f)) return sys_fail(err, cap, "%s: a scale or cap in the keys is out of range", m->file->path);
     return 1;
 }
 
@@ -4661,28 +5083,18 @@ static int model_read_shapes(model *m, char *err, size_t cap) {
              model_shape(m, "embedding_length", 0, limit, &m->n_embd, err, cap) &&
              model_shape(m, "attention.head_count", 0, 65536, &m->n_head, err, cap) &&
              model_shape(m, "attention.head_count_kv", m->n_head, 65536, &m->n_head_kv, err, cap) &&
-             model_shape(m, "feed_forward_length", 0, limit, &m->n_ff, err, cap) &&
              model_shape(m, "context_length", 0, MAX_CONTEXT, &m->n_ctx_train, err, cap) &&
              model_shape(m, "attention.key_length", m->n_embd / m->n_head, MAX_HEAD_DIM, &m->head_dim, err, cap) &&
              model_shape(m, "attention.value_length", m->head_dim, MAX_HEAD_DIM, &v_dim, err, cap) &&
-             model_shape(m, "rope.dimension_count", m->head_dim, MAX_HEAD_DIM, &m->n_rot, err, cap);
+             model_shape(m, "rope.dimension_count", m->head_dim, MAX_HEAD_DIM, &m->n_rot, err, cap) && model_scan(m, err, cap);
+    if (!ok) return 0;
+    if (model_layer_uint(m, "expert_count", -1, 0) == 0 || model_layer_uint(m, "feed_forward_length", 0, 0))
+        ok = model_shape(m, "feed_forward_length", 0, limit, &m->n_ff, err, cap);
     if (!ok) return 0;
     if (m->n_head % m->n_head_kv) return sys_fail(err, cap, "%s: %d heads cannot share %d KV heads evenly", m->file->path, m->n_head, m->n_head_kv);
     if (v_dim != m->head_dim) return sys_fail(err, cap, "%s: keys of %d and values of %d numbers: different sizes are not supported", m->file->path, m->head_dim, v_dim);
-    m->eps = (float)model_number(m, "attention.layer_norm_rms_epsilon", 1e-5);
-    if (!(m->eps >= 0 && m->eps < 1)) return sys_fail(err, cap, "%s: attention.layer_norm_rms_epsilon is out of range", m->file->path);
-    m->attn_scale = 1.0f / sqrtf((float)m->head_dim);
     m->n_vocab = m->tok->n;
-    return model_read_rope(m, err, cap);
-}
-
-/* The frequencies of RoPE: base^(-2i/n_rot), divided by the file's factors and by linear scaling. */
-static int model_init_rope(model *m) {
-    m->inv_freq = sys_zalloc((size_t)m->n_rot, sizeof *m->inv_freq);
-    if (!m->inv_freq) return 0;
-    for (int i = 0; i < m->n_rot / 2; i++)
-        m->inv_freq[i] = num_exp(num_log(m->rope_base) * (-2.0 * i / m->n_rot)) / m->rope_factor / (m->rope_freqs ? (double)m->rope_freqs[i] : 1.0);
-    return 1;
+    return model_read_experts(m, err, cap) && model_read_rope(m, err, cap) && model_read_layers(m, err, cap) && model_read_scales(m, err, cap);
 }
 
 static void model_name(model *m) {
@@ -4705,26 +5117,41 @@ static void model_free(model *m) {
     if (!m) return;
     for (int l = 0; m->layer && l < m->n_layer; l++)
         for (int i = 0; i < N_LAYER_TENSORS; i++)
-            if (model_layer_tensors[i].out == DIM_NONE) free(*(float **)(void *)((char *)&m->layer[l] + model_layer_tensors[i].field));
-    free(m->layer), free(m->output_norm), free(m->rope_freqs), free(m->inv_freq);
+            for (int k = 0; k < 3 && model_layer_tensors[i].kind == VECTOR && model_layer_tensors[i].part[k].out != DIM_NONE; k++) {
+                float **v = (float **)(void *)((char *)&m->layer[l] + model_layer_tensors[i].part[k].field);
+                free(*v), *v = NULL;
+            }
+    free(m->layer), free(m->output_norm), free(m->output_norm_bias), free(m->rope_freqs), free(m->rope_long), free(m->rope_short);
+    free(m->inv_freq[0]), free(m->inv_freq[1]);
     tok_free(m->tok);
     gguf_close(m->file);
     free(m);
 }
 
-static int model_read(model *m, const char *path, const char *pre, char *err, size_t cap) {
-    char shown[96], names[128] = "";
-    if (!(m->file = gguf_open(path, err, cap))) return 0;
+static int model_find_arch(model *m, char *err, size_t cap) {
+    char shown[96], names[512] = "";
     str arch = gguf_get_str(m->file, "general.architecture");
     for (size_t i = 0; i < sizeof model_archs / sizeof *model_archs; i++) {
         if (str_is(arch, model_archs[i].name)) m->arch = &model_archs[i];
         snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? ", " : "", model_archs[i].name);
     }
-    if (!m->arch) return sys_fail(err, cap, "%s: architecture '%s' is not supported; supported: %s", path, gguf_show(arch, shown), names);
+    if (m->arch) return 1;
+    for (size_t i = 0; i < sizeof model_refused / sizeof *model_refused; i++)
+        if (str_is(arch, model_refused[i].name))
+            return sys_fail(err, cap, "%s: architecture '%s' is not supported: it needs %s; supported: %s", m->file->path, model_refused[i].name,
+                            model_refused[i].lacks, names);
+    return sys_fail(err, cap, "%s: architecture '%s' is not supported; supported: %s", m->file->path, gguf_show(arch, shown), names);
+}
+
+static int model_read(model *m, const char *path, const char *pre, char *err, size_t cap) {
+    if (!(m->file = gguf_open(path, err, cap)) || !model_find_arch(m, err, cap)) return 0;
     if (m->file->n_tensors == 0) return sys_fail(err, cap, "%s: the file holds a vocabulary only, no tensors", path);
     if (!(m->tok = tok_load(m->file, pre, err, cap))) return 0;
     if (!model_read_shapes(m, err, cap) || !model_bind_all(m, err, cap)) return 0;
-    if (!model_init_rope(m)) return sys_fail(err, cap, "%s: out of memory", path);
+    if (strcmp(m->rope_kind, "longrope") == 0 && (!m->rope_long || !m->rope_short))
+        return sys_fail(err, cap, "%s: rope scaling is longrope, but rope_factors_long.weight or rope_factors_short.weight is missing", path);
+    if (m->rope_freqs && strcmp(m->rope_kind, "none") == 0) m->rope_kind = "llama3";
+    model_use_context(m, 0);
     model_name(m);
     return 1;
 }
@@ -4736,6 +5163,15 @@ static model *model_load(const char *path, const char *pre, char *err, size_t ca
     if (model_read(m, path, pre, err, cap)) return m;
     model_free(m);
     return NULL;
+}
+
+/* How the model's layers lie in a KV block: those with attention have K and V, a convolution its inputs as
+ * [KV_BLOCK][n_embd] floats. */
+static kv_layout model_kv_layout(const model *m, enum mat_kv kv) {
+    kv_layout l = kv_layout_of(m->n_layer - m->n_conv_layers, m->n_head_kv, m->head_dim, kv);
+    l.conv_bytes = (size_t)m->n_embd * KV_BLOCK * sizeof(float);
+    l.block_bytes += l.conv_bytes * (size_t)m->n_conv_layers;
+    return l;
 }
 
 /* ---- the forward pass ---- */
@@ -4756,47 +5192,72 @@ typedef struct {
     pool *threads;
     kv_pool *kv;
     int max_tokens, max_logits; /* of a batch */
-    float *x, *xn;              /* [max_tokens][n_embd] the residual stream; normalised */
-    float *q, *kv_new;          /* [max_tokens][n_head*head_dim]; K then V as [2][max_tokens][n_head_kv*head_dim] */
-    float *att, *gate, *up;     /* [max_tokens][n_head*head_dim]; [max_tokens][n_ff] x2 */
-    float *cos_sin;             /* [max_tokens][n_rot] */
+    float *x, *xn, *y;          /* [max_tokens][n_embd] the residual stream; its norm; what a half of a layer adds to it */
+    float *q, *kv_new;          /* [max_tokens][n_head*head_dim] or [3*n_embd]; K then V as [2][max_tokens][n_head_kv*head_dim] */
+    float *att, *gate, *up;     /* [max_tokens][n_head*head_dim]; [max_tokens][n_ff] x2, or [max_tokens * n_used][n_ff_exp] */
+    float *cos_sin;             /* [2][max_tokens][n_rot] */
     float *logits;              /* [max_logits][n_vocab], in the order of the tokens that wanted them */
+    float *route, *share;       /* [max_tokens][n_expert] the router's logits; [max_tokens] the shared expert's gate */
+    float *weight;              /* [max_tokens][n_used] of the experts chosen */
+    int32_t *chosen, *slot;     /* [max_tokens][n_used] them; the place of this token among all tokens, sorted by expert */
+    int32_t *slot_token, *slot_expert; /* [max_tokens * n_used] */
+    int32_t *first_slot;        /* [n_expert + 1] */
+    float *sorted;              /* [max_tokens * n_used][n_embd] the experts' inputs, then their outputs */
     char *scratch;              /* [threads][scratch_bytes] of the kernels */
     size_t scratch_bytes;
     int32_t *group;             /* [max_tokens + 1] */
-    mat_act act;
+    mat_act act, *expert_act;   /* expert_act [n_expert]: the part of act that lies in each expert's slots */
     char *pages;                /* what all of the above lies in */
     size_t bytes;
     const model_batch *batch;   /* of the pass that runs */
     model_layer *layer;
     char *kv_layer;             /* the layer in KV block 0 */
-    mat_product product[3];
+    mat_product *product;       /* [MODEL_PRODUCTS + 2 * n_expert] */
     int n_products, item_rows;  /* the products' rows are shared out by item_rows */
     intptr_t next_item;         /* atomic: the first that nobody has claimed */
 } model_run;
 
+enum { MODEL_PRODUCTS = 4 }; /* that share their input: q, k, v; or gate, up, router, share */
+
 /* Lays out the scratch: with base NULL it only counts. */
 static size_t model_run_layout(model_run *r, char *base) {
     const model *m = r->m;
-    size_t at = 0, n = (size_t)r->max_tokens, q = (size_t)m->n_head * (size_t)m->head_dim, kv = (size_t)m->n_head_kv * (size_t)m->head_dim;
-    size_t widest = (size_t)(m->n_embd > m->n_ff ? m->n_embd : m->n_ff);
-    widest = q > widest ? q : widest;
+    size_t at = 0, n = (size_t)r->max_tokens, embd = (size_t)m->n_embd, q = (size_t)m->n_head * (size_t)m->head_dim, kv = (size_t)m->n_head_kv * (size_t)m->head_dim;
+    size_t slots = n * (size_t)m->n_used, ff = n * (size_t)(m->n_ff > m->n_ff_shared ? m->n_ff : m->n_ff_shared), ff_exp = slots * (size_t)m->n_ff_exp;
+    size_t widest = embd > q ? embd : q, qs = m->n_conv_layers && 3 * embd > q ? 3 * embd : q, atts = m->n_conv_layers && embd > q ? embd : q;
+    if (ff / n > widest) widest = ff / n;
+    size_t expert_widest = embd > (size_t)m->n_ff_exp ? embd : (size_t)m->n_ff_exp, experts = (size_t)m->n_expert;
+    size_t blocks = n * ((widest + 255) / 256), expert_blocks = slots * ((expert_widest + 255) / 256);
+    if (expert_blocks > blocks) blocks = expert_blocks;
+    if (ff_exp > ff) ff = ff_exp;
     size_t attention = mat_attention_scratch(m->n_head, m->n_head_kv, m->head_dim), product = mat_scratch(r->max_tokens);
     r->scratch_bytes = ((attention > product ? attention : product) + 63) / 64 * 64 + 64; /* not a power of two apart */
 #define TAKE(field, type, count) r->field = (type *)(void *)(base + at), at += ((size_t)(count) * sizeof(type) + 63) / 64 * 64
-    TAKE(x, float, n * (size_t)m->n_embd);
-    TAKE(xn, float, n * (size_t)m->n_embd);
-    TAKE(q, float, n * q);
+    TAKE(x, float, n * embd);
+    TAKE(xn, float, n * embd);
+    TAKE(y, float, n * embd);
+    TAKE(q, float, n * qs);
     TAKE(kv_new, float, n * kv * 2);
-    TAKE(att, float, n * q);
-    TAKE(gate, float, n * (size_t)m->n_ff);
-    TAKE(up, float, n * (size_t)m->n_ff);
-    TAKE(cos_sin, float, n * (size_t)m->n_rot);
+    TAKE(att, float, n * atts);
+    TAKE(gate, float, ff);
+    TAKE(up, float, ff);
+    TAKE(cos_sin, float, 2 * n * (size_t)m->n_rot);
     TAKE(logits, float, (size_t)r->max_logits * (size_t)m->n_vocab);
+    TAKE(route, float, n * experts);
+    TAKE(share, float, n);
+    TAKE(weight, float, slots);
+    TAKE(chosen, int32_t, slots);
+    TAKE(slot, int32_t, slots);
+    TAKE(slot_token, int32_t, slots);
+    TAKE(slot_expert, int32_t, slots);
+    TAKE(first_slot, int32_t, experts + 1);
+    TAKE(sorted, float, slots * embd);
     TAKE(scratch, char, (size_t)r->threads->n_threads * r->scratch_bytes);
     TAKE(group, int32_t, n + 1);
-    TAKE(act.blocks, mat_x, n * (widest + 255) / 256 + n);
-    TAKE(act.super, mat_x, n * (widest / 256));
+    TAKE(act.blocks, mat_x, blocks + n);
+    TAKE(act.super, mat_x, blocks);
+    TAKE(expert_act, mat_act, experts);
+    TAKE(product, mat_product, MODEL_PRODUCTS + 2 * experts);
 #undef TAKE
     return at;
 }
@@ -4829,7 +5290,7 @@ static void model_run_close(model_run *r) {
     memset(r, 0, sizeof *r);
 }
 
-/* ---- products: up to three matrices that share their input, their row tiles shared out together ---- */
+/* ---- products: the matrices of one step, their row tiles shared out together ---- */
 
 /* Where item i begins, among the rows of all products; the product is stored in *p, NULL beyond the last. */
 static int64_t model_item(const model_run *r, int64_t i, const mat_product **p) {
@@ -4855,9 +5316,10 @@ static void model_multiply_seat(void *ctx, int64_t seat, int thread) {
     }
 }
 
+/* out = w . the input; nothing if the matrix is absent. */
 static void model_product(model_run *r, const model_matrix *w, float *out) {
     mat_product p = {w->format, w->data, &r->act, out, w->rows};
-    r->product[r->n_products++] = p;
+    if (w->format) r->product[r->n_products++] = p;
 }
 
 /* Computes the products that model_product has collected. Where there are few rows they go out in short runs. */
@@ -4870,43 +5332,78 @@ static void model_multiply(model_run *r) {
     r->n_products = 0;
 }
 
+/* The input of the next products: quantised token by token by the step that follows. */
+static void model_input(model_run *r, const float *x, int64_t n, int n_tok) { r->act.x = x, r->act.n = n, r->act.n_tok = n_tok; }
+
 /* ---- steps of a layer for one token t: each may run on any thread ---- */
 
-static void model_quantise(model_run *r, int64_t t, const model_matrix *a, const model_matrix *b, const model_matrix *c) {
-    unsigned kinds = 1u << a->format->kind | (b ? 1u << b->format->kind : 0) | (c ? 1u << c->format->kind : 0);
+/* Quantises token t for the products with these matrices, n of them; those absent do not count. */
+static void model_quantise(model_run *r, int64_t t, const model_matrix *const *w, int n) {
+    unsigned kinds = 0;
+    for (int i = 0; i < n; i++)
+        if (w[i]->format) kinds |= 1u << w[i]->format->kind;
     r->k->quantise(&r->act, kinds, (int)t);
+}
+
+static void model_norm(const model_run *r, float *out, const float *x, const float *w, const float *bias, int n) {
+    if (r->m->style & S_LAYER_NORM) r->k->layer_norm(out, x, w, n, r->m->eps);
+    else r->k->rms_norm(out, x, w, n, r->m->eps);
+    if (bias) r->k->add(out, bias, n);
 }
 
 static void model_embed_token(void *ctx, int64_t t, int thread) {
     model_run *r = ctx;
     const model *m = r->m;
     (void)thread;
-    const model_matrix *embd = &m->token_embd;
-    quant_dequantise(embd->format, embd->data + (size_t)r->batch->id[t] * quant_row_bytes(embd->format, m->n_embd), r->x + t * m->n_embd, m->n_embd);
-    for (int i = 0; i < m->n_rot / 2; i++) {
-        double s, c;
-        num_sincos(r->batch->pos[t] * m->inv_freq[i], &s, &c);
-        r->cos_sin[t * m->n_rot + 2 * i] = (float)c, r->cos_sin[t * m->n_rot + 2 * i + 1] = (float)s;
+    const model_matrix *embd = &m->token_embd, *p = &m->positions;
+    float *x = r->x + t * m->n_embd, *y = r->y + t * m->n_embd;
+    int pos = r->batch->pos[t];
+    quant_dequantise(embd->format, embd->data + (size_t)r->batch->id[t] * quant_row_bytes(embd->format, m->n_embd), x, m->n_embd);
+    if (m->embd_scale != 1)
+        for (int i = 0; i < m->n_embd; i++) x[i] *= m->embd_scale;
+    if (p->format) {
+        quant_dequantise(p->format, p->data + (size_t)pos * quant_row_bytes(p->format, m->n_embd), y, m->n_embd);
+        r->k->add(x, y, m->n_embd);
+    }
+    for (int table = 0; table < 2 && m->inv_freq[table]; table++) {
+        float *turn = r->cos_sin + ((int64_t)table * r->batch->n + t) * m->n_rot;
+        for (int i = 0; i < m->n_rot / 2; i++) {
+            double s, c;
+            num_sincos(pos * m->inv_freq[table][i], &s, &c);
+            turn[2 * i] = (float)(c * m->rope_scale[table]), turn[2 * i + 1] = (float)(s * m->rope_scale[table]);
+        }
     }
 }
 
 static void model_attn_norm(void *ctx, int64_t t, int thread) {
     model_run *r = ctx;
+    const model_layer *l = r->layer;
+    int n = r->m->n_embd;
     (void)thread;
-    r->k->rms_norm(r->xn + t * r->m->n_embd, r->x + t * r->m->n_embd, r->layer->attn_norm, r->m->n_embd, r->m->eps);
-    model_quantise(r, t, &r->layer->q, &r->layer->k, &r->layer->v);
+    if (l->attn_norm) model_norm(r, r->xn + t * n, r->x + t * n, l->attn_norm, l->attn_norm_bias, n);
+    else memcpy(r->xn + t * n, r->x + t * n, (size_t)n * sizeof(float));
+    const model_matrix *const w[] = {&l->q, &l->k, &l->v, &l->conv_in};
+    model_quantise(r, t, w, 4);
 }
 
-static void model_rotate_heads(model_run *r, float *x, int heads, const float *norm, const float *bias, const float *cos_sin) {
+/* Bias, norm and rotation of all heads of q or k. */
+static void model_finish_heads(const model_run *r, int64_t t, float *x, int heads, const float *norm, const float *bias) {
     const model *m = r->m;
+    const float *turn = r->layer->rope < 0 ? NULL : r->cos_sin + ((int64_t)r->layer->rope * r->batch->n + t) * m->n_rot;
+    unsigned groups = m->arch->has | m->arch->may;
     if (bias) r->k->add(x, bias, (int64_t)heads * m->head_dim);
+    if (norm && (groups & T_WIDE_NORM)) model_norm(r, x, x, norm, NULL, heads * m->head_dim);
     for (int h = 0; h < heads; h++, x += m->head_dim) {
-        if (norm) r->k->rms_norm(x, x, norm, m->head_dim, m->eps);
-        r->k->rope(x, cos_sin, m->n_rot, m->arch->pairs_apart);
+        if (norm && !(groups & T_WIDE_NORM)) model_norm(r, x, x, norm + (groups & T_HEADS_NORM ? h * m->head_dim : 0), NULL, m->head_dim);
+        if (turn) r->k->rope(x, turn, m->n_rot, (m->style & S_HALVES) != 0);
     }
 }
 
-/* Biases, QK-norm and RoPE, then the new key and value go into the cache. */
+static char *model_kv_at(const model_run *r, int64_t t, int pos) { /* the layer in the block of position pos of token t's sequence */
+    return r->kv_layer + r->batch->blocks[t][pos / KV_BLOCK] * r->kv->layout.block_bytes;
+}
+
+/* Biases, norms and RoPE, then the new key and value go into the cache. */
 static void model_store_token(void *ctx, int64_t t, int thread) {
     model_run *r = ctx;
     const model *m = r->m;
@@ -4914,11 +5411,11 @@ static void model_store_token(void *ctx, int64_t t, int thread) {
     int64_t kv = (int64_t)m->n_head_kv * m->head_dim;
     float *k = r->kv_new + t * kv, *v = r->kv_new + r->batch->n * kv + t * kv;
     (void)thread;
-    model_rotate_heads(r, r->q + t * m->n_head * m->head_dim, m->n_head, l->q_norm, l->q_bias, r->cos_sin + t * m->n_rot);
-    model_rotate_heads(r, k, m->n_head_kv, l->k_norm, l->k_bias, r->cos_sin + t * m->n_rot);
+    model_finish_heads(r, t, r->q + t * m->n_head * m->head_dim, m->n_head, l->q_norm, l->q_bias);
+    model_finish_heads(r, t, k, m->n_head_kv, l->k_norm, l->k_bias);
     if (l->v_bias) r->k->add(v, l->v_bias, kv);
     int pos = r->batch->pos[t];
-    char *block = r->kv_layer + r->batch->blocks[t][pos / KV_BLOCK] * r->kv->layout.block_bytes;
+    char *block = model_kv_at(r, t, pos);
     for (int h = 0; h < m->n_head_kv; h++)
         r->k->store(block + (size_t)h * r->kv->layout.head_bytes, k + h * m->head_dim, v + h * m->head_dim, pos % KV_BLOCK, m->head_dim, r->kv->layout.kv);
 }
@@ -4937,65 +5434,288 @@ static void model_attend(model_run *r) {
     for (int t = 0; t < b->n; t++)
         if (t == 0 || b->blocks[t] != b->blocks[t - 1] || t - r->group[groups - 1] == most) r->group[groups++] = t;
     r->group[groups] = b->n;
-    mat_attention a = {r->q, r->att, b->pos, b->blocks, r->group, r->kv_layer, r->kv->layout.block_bytes, r->kv->layout.head_bytes,
-                       r->kv->layout.kv, m->n_head, m->n_head_kv, m->head_dim, m->attn_scale};
+    mat_attention a = {r->q, r->att, b->pos, b->blocks, r->group, r->kv_layer, r->kv->layout.block_bytes, r->kv->layout.head_bytes, r->kv->layout.kv,
+                       m->n_head, m->n_head_kv, m->head_dim, m->attn_scale, r->layer->window, m->attn_cap, r->layer->sinks};
     void *ctx[2] = {&a, r};
     pool_run(r->threads, model_attend_item, ctx, (int64_t)groups * m->n_head_kv);
 }
 
-static void model_quantise_att(void *ctx, int64_t t, int thread) {
+/* A short convolution's input b * x goes into the cache; q holds b, c and x of the token. */
+static void model_store_conv(void *ctx, int64_t t, int thread) {
     model_run *r = ctx;
+    int64_t n = r->m->n_embd;
+    const float *b = r->q + t * 3 * n, *x = b + 2 * n;
+    int pos = r->batch->pos[t];
+    float *to = (float *)(void *)model_kv_at(r, t, pos) + pos % KV_BLOCK * n;
     (void)thread;
-    model_quantise(r, t, &r->layer->o, NULL, NULL);
+    for (int64_t i = 0; i < n; i++) to[i] = b[i] * x[i];
 }
 
-static void model_ffn_norm(void *ctx, int64_t t, int thread) { /* adds the attention's output (in xn) first */
+/* att = c * (the sum of the last n_conv inputs, each times its weight, oldest first). */
+static void model_convolve(void *ctx, int64_t t, int thread) {
     model_run *r = ctx;
-    float *x = r->x + t * r->m->n_embd, *xn = r->xn + t * r->m->n_embd;
+    int64_t n = r->m->n_embd, taps = r->m->n_conv;
+    const float *c = r->q + t * 3 * n + n, *w = r->layer->conv;
+    float *out = r->att + t * n;
     (void)thread;
-    if (r->layer->o_bias) r->k->add(xn, r->layer->o_bias, r->m->n_embd);
-    r->k->add(x, xn, r->m->n_embd);
-    r->k->rms_norm(xn, x, r->layer->ffn_norm, r->m->n_embd, r->m->eps);
-    model_quantise(r, t, &r->layer->gate, &r->layer->up, NULL);
+    memset(out, 0, (size_t)n * sizeof *out);
+    for (int64_t k = 0, pos = r->batch->pos[t] - taps + 1; k < taps; k++, pos++) {
+        if (pos < 0) continue;
+        const float *in = (const float *)(const void *)model_kv_at(r, t, (int)pos) + pos % KV_BLOCK * n;
+        for (int64_t i = 0; i < n; i++) out[i] += in[i] * w[i * taps + k];
+    }
+    for (int64_t i = 0; i < n; i++) out[i] *= c[i];
+}
+
+static void model_quantise_att(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    const model_matrix *const w[] = {&r->layer->o};
+    (void)thread;
+    model_quantise(r, t, w, 1);
+}
+
+/* Adds to the residual stream what half a layer has left in y. */
+static void model_add(model_run *r, int64_t t, const float *bias, const float *norm) {
+    int n = r->m->n_embd;
+    float *y = r->y + t * n;
+    if (bias) r->k->add(y, bias, n);
+    if (norm) model_norm(r, y, y, norm, NULL, n);
+    if (r->m->residual_scale != 1)
+        for (int i = 0; i < n; i++) y[i] *= r->m->residual_scale;
+    r->k->add(r->x + t * n, y, n);
+}
+
+/* The input of the feed-forward layer: the norm of the stream; without such a norm attention's own input, which
+ * runs beside it then, or the stream itself where that has no norm either. */
+static void model_ffn_norm(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    const model_layer *l = r->layer;
+    int n = r->m->n_embd;
+    (void)thread;
+    model_add(r, t, l->o_bias, l->attn_post_norm);
+    if (l->ffn_norm) model_norm(r, r->xn + t * n, r->x + t * n, l->ffn_norm, l->ffn_norm_bias, n);
+    else if (!l->attn_norm) memcpy(r->xn + t * n, r->x + t * n, (size_t)n * sizeof(float));
+    const model_matrix *const w[] = {&l->gate, &l->up, &l->route, &l->share};
+    model_quantise(r, t, w, 4);
 }
 
 static void model_activate(void *ctx, int64_t t, int thread) {
     model_run *r = ctx;
-    int64_t n = r->m->n_ff;
+    const model_layer *l = r->layer;
+    int64_t n = l->down.n;
+    float *gate = r->gate + t * n, *up = r->up + t * n;
     (void)thread;
-    if (r->layer->gate_bias) r->k->add(r->gate + t * n, r->layer->gate_bias, n);
-    if (r->layer->up_bias) r->k->add(r->up + t * n, r->layer->up_bias, n);
-    r->k->swiglu(r->gate + t * n, r->up + t * n, n);
-    model_quantise(r, t, &r->layer->down, NULL, NULL);
+    if (l->up_bias) r->k->add(up, l->up_bias, n);
+    if (l->gate_bias) r->k->add(gate, l->gate_bias, n);
+    if (l->gate.format) r->k->activate(r->m->arch->activation, gate, up, n);
+    else r->k->activate(r->m->arch->activation, up, NULL, n);
+    const model_matrix *const w[] = {&l->down};
+    model_quantise(r, t, w, 1);
 }
 
 static void model_add_ffn(void *ctx, int64_t t, int thread) {
     model_run *r = ctx;
-    float *xn = r->xn + t * r->m->n_embd;
     (void)thread;
-    if (r->layer->down_bias) r->k->add(xn, r->layer->down_bias, r->m->n_embd);
-    r->k->add(r->x + t * r->m->n_embd, xn, r->m->n_embd);
+    model_add(r, t, r->layer->has_experts ? NULL : r->layer->down_bias, r->layer->ffn_post_norm);
 }
 
-/* The input of the next products: quantised token by token by the step that follows. */
-static void model_input(model_run *r, const float *x, int64_t n, int n_tok) { r->act.x = x, r->act.n = n, r->act.n_tok = n_tok; }
+/* ---- experts: each token goes to n_used of them; tokens are sorted by expert, so that each is one product ---- */
 
-/* Final norm and output head of the tokens whose logits are wanted. Returns how many they were. */
-static int model_output(model_run *r) {
+/* Chooses token t's experts, the likeliest first and of equals the first, and weights them. */
+static void model_route_token(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    const model *m = r->m;
+    const model_layer *l = r->layer;
+    float *p = r->route + t * m->n_expert, *w = r->weight + t * m->n_used, sum = 0, top = -INFINITY;
+    int32_t *chosen = r->chosen + t * m->n_used;
+    (void)thread;
+    if (l->route_bias) r->k->add(p, l->route_bias, m->n_expert);
+    if (m->style & S_SIGMOID) {
+        for (int e = 0; e < m->n_expert; e++) p[e] = -p[e];
+        r->k->exp_shifted(p, p, m->n_expert, 0);
+        for (int e = 0; e < m->n_expert; e++) p[e] = 1 / (1 + p[e]);
+    } else if (!(m->style & S_CHOSEN_SOFTMAX)) {
+        for (int e = 0; e < m->n_expert; e++) top = p[e] > top ? p[e] : top;
+        r->k->exp_shifted(p, p, m->n_expert, top);
+        for (int e = 0; e < m->n_expert; e++) sum += p[e];
+        for (int e = 0; e < m->n_expert; e++) p[e] /= sum;
+    }
+    for (int i = 0; i < m->n_used; i++) {
+        int best = -1;
+        for (int e = 0; e < m->n_expert; e++) {
+            int taken = 0;
+            for (int j = 0; j < i; j++) taken |= chosen[j] == e;
+            float bias_e = l->choice_bias ? l->choice_bias[e] : 0, bias_best = l->choice_bias && best >= 0 ? l->choice_bias[best] : 0;
+            if (!taken && (best < 0 || p[e] + bias_e > p[best] + bias_best)) best = e;
+        }
+        chosen[i] = best, w[i] = p[best];
+    }
+    if (m->style & S_CHOSEN_SOFTMAX) r->k->exp_shifted(w, w, m->n_used, w[0]);
+    sum = 0;
+    for (int i = 0; i < m->n_used; i++) sum += w[i];
+    if (m->style & (S_NORMED | S_CHOSEN_SOFTMAX))
+        for (int i = 0; i < m->n_used; i++) w[i] /= sum > 6.103515625e-5f ? sum : 6.103515625e-5f; /* the least normal half float, as in llama.cpp */
+    for (int i = 0; i < m->n_used; i++) w[i] *= m->expert_scale;
+}
+
+/* Sorts all (token, choice) pairs by expert, in the order of the tokens. */
+static void model_sort_tokens(model_run *r) {
+    const model *m = r->m;
+    int n = r->batch->n * m->n_used;
+    memset(r->first_slot, 0, (size_t)(m->n_expert + 1) * sizeof *r->first_slot);
+    for (int i = 0; i < n; i++) r->first_slot[r->chosen[i] + 1]++;
+    for (int e = 0; e < m->n_expert; e++) r->first_slot[e + 1] += r->first_slot[e];
+    for (int i = 0; i < n; i++) {
+        int s = r->slot[i] = r->first_slot[r->chosen[i]]++;
+        r->slot_token[s] = i / m->n_used, r->slot_expert[s] = r->chosen[i];
+    }
+    for (int e = m->n_expert; e > 0; e--) r->first_slot[e] = r->first_slot[e - 1];
+    r->first_slot[0] = 0;
+}
+
+/* The inputs x [slots][n] of the experts' next products: to each expert its slots. */
+static void model_expert_input(model_run *r, const float *x, int64_t n) {
+    int64_t blocks = (n + 255) / 256;
+    for (int e = 0; e < r->m->n_expert; e++) {
+        int64_t from = r->first_slot[e];
+        mat_act a = {x + from * n, r->act.blocks + from * blocks, r->act.super + from * blocks, n, r->first_slot[e + 1] - r->first_slot[e]};
+        r->expert_act[e] = a;
+    }
+}
+
+static void model_expert_products(model_run *r, const model_matrix *w, float *out) {
+    int64_t rows = w->rows / r->m->n_expert;
+    for (int e = 0; e < r->m->n_expert; e++) {
+        mat_product p = {w->format, w->data + (size_t)(e * rows) * quant_row_bytes(w->format, w->n), &r->expert_act[e], out + r->first_slot[e] * rows, rows};
+        if (r->expert_act[e].n_tok) r->product[r->n_products++] = p;
+    }
+}
+
+static void model_quantise_slot(model_run *r, int64_t s, const model_matrix *a, const model_matrix *b) {
+    int e = r->slot_expert[s];
+    r->k->quantise(&r->expert_act[e], 1u << a->format->kind | 1u << b->format->kind, (int)(s - r->first_slot[e]));
+}
+
+static void model_gather_slot(void *ctx, int64_t s, int thread) {
+    model_run *r = ctx;
+    int64_t n = r->m->n_embd;
+    (void)thread;
+    memcpy(r->sorted + s * n, r->xn + r->slot_token[s] * n, (size_t)n * sizeof(float));
+    model_quantise_slot(r, s, &r->layer->gates, &r->layer->ups);
+}
+
+static void model_activate_slot(void *ctx, int64_t s, int thread) {
+    model_run *r = ctx;
+    const model_layer *l = r->layer;
+    int64_t n = r->m->n_ff_exp, e = r->slot_expert[s];
+    (void)thread;
+    if (l->gates_bias) r->k->add(r->gate + s * n, l->gates_bias + e * n, n), r->k->add(r->up + s * n, l->ups_bias + e * n, n);
+    r->k->activate(r->m->arch->activation, r->gate + s * n, r->up + s * n, n);
+    model_quantise_slot(r, s, &l->downs, &l->downs);
+}
+
+/* y = the shared expert's output, if there is one, by its gate, and the chosen ones' by their weights. */
+static void model_mix_token(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    const model_layer *l = r->layer;
+    int64_t n = r->m->n_embd;
+    float *y = r->y + t * n, g = -r->share[t];
+    (void)thread;
+    if (!l->gate.format) memset(y, 0, (size_t)n * sizeof *y);
+    if (l->share.format) {
+        r->k->exp_shifted(&g, &g, 1, 0);
+        for (int64_t i = 0; i < n; i++) y[i] *= 1 / (1 + g);
+    }
+    for (int j = 0; j < r->m->n_used; j++) {
+        int64_t s = r->slot[t * r->m->n_used + j];
+        float *out = r->sorted + s * n, w = r->weight[t * r->m->n_used + j];
+        if (l->downs_bias) r->k->add(out, l->downs_bias + r->slot_expert[s] * n, n);
+        for (int64_t i = 0; i < n; i++) y[i] += out[i] * w;
+    }
+}
+
+static void model_run_experts(model_run *r) {
+    const model_layer *l = r->layer;
+    int64_t slots = (int64_t)r->batch->n * r->m->n_used;
+    pool_run(r->threads, model_route_token, r, r->batch->n);
+    model_sort_tokens(r);
+    model_expert_input(r, r->sorted, r->m->n_embd);
+    pool_run(r->threads, model_gather_slot, r, slots);
+    model_expert_products(r, &l->gates, r->gate);                  /* gate, up [slots][n_ff_exp] */
+    model_expert_products(r, &l->ups, r->up);
+    model_multiply(r);
+    model_expert_input(r, r->gate, r->m->n_ff_exp);
+    pool_run(r->threads, model_activate_slot, r, slots);
+    model_expert_products(r, &l->downs, r->sorted);                /* sorted [slots][n_embd] */
+    model_multiply(r);
+    pool_run(r->threads, model_mix_token, r, r->batch->n);         /* y [n][n_embd] */
+}
+
+/* ---- the layers ---- */
+
+static void model_run_attention(model_run *r, int n) {
+    const model *m = r->m;
+    model_product(r, &r->layer->q, r->q);                          /* q [n][n_head * head_dim] */
+    model_product(r, &r->layer->k, r->kv_new);                     /* k, v [n][n_head_kv * head_dim] */
+    model_product(r, &r->layer->v, r->kv_new + (size_t)n * (size_t)(m->n_head_kv * m->head_dim));
+    model_multiply(r);
+    pool_run(r->threads, model_store_token, r, n);                 /* q and k rotated; k, v in the cache */
+    model_attend(r);                                               /* att [n][n_head * head_dim] */
+}
+
+static void model_run_conv(model_run *r, int n) {
+    model_product(r, &r->layer->conv_in, r->q);                    /* q [n][3 * n_embd] */
+    model_multiply(r);
+    pool_run(r->threads, model_store_conv, r, n);
+    pool_run(r->threads, model_convolve, r, n);                    /* att [n][n_embd] */
+}
+
+/* A dense layer, or a shared expert; the router's and its gate's products go along. */
+static void model_run_ffn(model_run *r, int n) {
+    const model_layer *l = r->layer;
+    model_product(r, &l->route, r->route);
+    model_product(r, &l->share, r->share);
+    model_product(r, &l->gate, r->gate);                           /* gate, up [n][n_ff] */
+    model_product(r, &l->up, r->up);
+    model_multiply(r);
+    if (!l->down.format) return;
+    model_input(r, l->gate.format ? r->gate : r->up, l->down.n, n);
+    pool_run(r->threads, model_activate, r, n);                    /* activation(gate) * up */
+    model_product(r, &l->down, r->y);                              /* y [n][n_embd] */
+    model_multiply(r);
+}
+
+static void model_output_token(void *ctx, int64_t i, int thread) { /* the i-th of those that are wanted, listed in group */
+    model_run *r = ctx;
+    const model *m = r->m;
+    const model_matrix *const w[] = {&m->output};
+    (void)thread;
+    model_norm(r, r->xn + i * m->n_embd, r->x + (int64_t)r->group[i] * m->n_embd, m->output_norm, m->output_norm_bias, m->n_embd);
+    model_quantise(r, i, w, 1);
+}
+
+static void model_finish_logits(void *ctx, int64_t i, int thread) {
+    model_run *r = ctx;
+    const model *m = r->m;
+    float *x = r->logits + i * m->n_vocab;
+    (void)thread;
+    if (m->logit_scale != 1)
+        for (int k = 0; k < m->n_vocab; k++) x[k] *= m->logit_scale;
+    if (m->logit_cap > 0) r->k->cap(x, m->n_vocab, m->logit_cap);
+}
+
+/* Final norm and output head of the tokens whose logits are wanted. */
+static void model_output(model_run *r) {
     const model *m = r->m;
     int n = 0;
-    for (int t = 0; t < r->batch->n; t++) n += r->batch->want[t] != 0;
+    for (int t = 0; t < r->batch->n; t++)
+        if (r->batch->want[t]) r->group[n++] = t;
+    if (n == 0) return;
     model_input(r, r->xn, m->n_embd, n);
-    n = 0;
-    for (int t = 0; t < r->batch->n; t++) {
-        if (!r->batch->want[t]) continue;
-        r->k->rms_norm(r->xn + (int64_t)n * m->n_embd, r->x + (int64_t)t * m->n_embd, m->output_norm, m->n_embd, m->eps);
-        model_quantise(r, n++, &m->output, NULL, NULL);
-    }
+    pool_run(r->threads, model_output_token, r, n);
     model_product(r, &m->output, r->logits);
-    if (n) model_multiply(r);
-    else r->n_products = 0;
-    return n;
+    model_multiply(r);
+    if (m->logit_scale != 1 || m->logit_cap > 0) pool_run(r->threads, model_finish_logits, r, n);
 }
 
 /* Runs the model over a batch: fills in the KV cache at the tokens' positions and leaves the wanted logits
@@ -5005,33 +5725,25 @@ static int model_forward(model_run *r, const model_batch *b) {
     const model *m = r->m;
     int n = b->n;
     r->batch = b;
-    pool_run(r->threads, model_embed_token, r, n);                 /* x [n][n_embd], cos_sin [n][n_rot] */
+    r->kv_layer = r->kv->base;
+    pool_run(r->threads, model_embed_token, r, n);                 /* x [n][n_embd], cos_sin [2][n][n_rot] */
     for (int l = 0; l < m->n_layer; l++) {
         if (b->stop && b->stop(b->stop_arg)) return 0;
         r->layer = &m->layer[l];
-        r->kv_layer = r->kv->base + (size_t)l * r->kv->layout.layer_bytes;
         model_input(r, r->xn, m->n_embd, n);
         pool_run(r->threads, model_attn_norm, r, n);               /* xn [n][n_embd] */
-        model_product(r, &r->layer->q, r->q);                      /* q [n][n_head * head_dim] */
-        model_product(r, &r->layer->k, r->kv_new);                 /* k, v [n][n_head_kv * head_dim] */
-        model_product(r, &r->layer->v, r->kv_new + (size_t)n * (size_t)(m->n_head_kv * m->head_dim));
-        model_multiply(r);
-        pool_run(r->threads, model_store_token, r, n);             /* q and k rotated; k, v in the cache */
-        model_attend(r);                                           /* att [n][n_head * head_dim] */
-        model_input(r, r->att, (int64_t)m->n_head * m->head_dim, n);
+        if (r->layer->is_conv) model_run_conv(r, n);
+        else model_run_attention(r, n);                            /* att [n][o.n] */
+        model_input(r, r->att, r->layer->o.n, n);
         pool_run(r->threads, model_quantise_att, r, n);
-        model_product(r, &r->layer->o, r->xn);                     /* xn [n][n_embd] */
+        model_product(r, &r->layer->o, r->y);                      /* y [n][n_embd] */
         model_multiply(r);
         model_input(r, r->xn, m->n_embd, n);
-        pool_run(r->threads, model_ffn_norm, r, n);                /* x += xn; xn = norm(x) */
-        model_product(r, &r->layer->gate, r->gate);                /* gate, up [n][n_ff] */
-        model_product(r, &r->layer->up, r->up);
-        model_multiply(r);
-        model_input(r, r->gate, m->n_ff, n);
-        pool_run(r->threads, model_activate, r, n);                /* gate = silu(gate) * up */
-        model_product(r, &r->layer->down, r->xn);                  /* xn [n][n_embd] */
-        model_multiply(r);
-        pool_run(r->threads, model_add_ffn, r, n);                 /* x += xn */
+        pool_run(r->threads, model_ffn_norm, r, n);                /* x += y; xn = norm(x) */
+        model_run_ffn(r, n);
+        if (r->layer->has_experts) model_run_experts(r);
+        pool_run(r->threads, model_add_ffn, r, n);                 /* x += y */
+        r->kv_layer += r->layer->is_conv ? r->kv->layout.conv_bytes : r->kv->layout.layer_bytes;
     }
     return model_output(r), 1;
 }
@@ -6195,9 +6907,10 @@ static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, s
     const model *m = e->m;
     lorch_options *o = &e->options;
     uint64_t available = sys_memory_available();
-    *layout = kv_layout_of(m->n_layer, m->n_head_kv, m->head_dim, engine_kv_of(o));
-    if (o->n_ctx > m->n_ctx_train)
-        return sys_fail(err, cap, "--context %d is more than the %d positions that the model was made for", o->n_ctx, m->n_ctx_train);
+    *layout = model_kv_layout(m, engine_kv_of(o));
+    if (o->n_ctx > m->n_ctx_most)
+        return sys_fail(err, cap, "--context %d is more than the %d positions that the model was made for", o->n_ctx, m->n_ctx_most);
+    model_use_context(e->m, o->n_ctx);
     e->n_ctx = o->n_ctx ? o->n_ctx : m->n_ctx_train;
     uint64_t kv = o->kv_bytes ? o->kv_bytes : engine_kv_want(e, *layout, available);
     uint64_t one = (uint64_t)kv_blocks_for(e->n_ctx) * layout->block_bytes;
@@ -8845,7 +9558,7 @@ static int cli_inspect(cli_settings *c) {
         buf_putc(&b, '{');
         json_kv_str(&b, "architecture", gguf_get_str(g, "general.architecture"));
         if (m) {
-            kv_layout kv = kv_layout_of(m->n_layer, m->n_head_kv, m->head_dim, MAT_KV_F16);
+            kv_layout kv = model_kv_layout(m, MAT_KV_F16);
             cli_put_model(&b, m, &kv, model_run_bytes(m, sys_default_threads(&reason), MODEL_CHUNK, 4));
         }
         json_kv_bool(&b, "vocabulary_only", vocab_only);
@@ -8942,7 +9655,7 @@ static int cli_run_open(cli_run *r, const cli_settings *c, int n_ctx, int min_ba
     pool_start(&r->threads, c->threads ? (int)c->threads : sys_default_threads(&reason));
     lorch_options o;
     cli_engine_options(c, &o);
-    kv_layout layout = kv_layout_of(r->m->n_layer, r->m->n_head_kv, r->m->head_dim, engine_kv_of(&o));
+    kv_layout layout = model_kv_layout(r->m, engine_kv_of(&o));
     if (kv_pool_open(&r->kv, layout, kv_blocks_for(n_ctx)) && model_run_open(&r->run, r->m, k, &r->threads, &r->kv, most, max_logits ? max_logits : most)) return 1;
     cli_run_close(r);
     return cli_fail("INSUFFICIENT_MEMORY: cannot allocate the KV cache and scratch"), 0;
@@ -9125,10 +9838,12 @@ static double cli_bench_decode(cli_run *r, int batch, int n, uint32_t *const *bl
 
 static double cli_weights_per_token(const model *m) { /* multiplied in the layers, the output head aside */
     double n = 0;
-    for (int l = 0; l < m->n_layer; l++) {
-        const model_matrix *x[] = {&m->layer[l].q, &m->layer[l].k, &m->layer[l].v, &m->layer[l].o, &m->layer[l].gate, &m->layer[l].up, &m->layer[l].down};
-        for (size_t i = 0; i < sizeof x / sizeof *x; i++) n += (double)x[i]->n * (double)x[i]->rows;
-    }
+    for (int l = 0; l < m->n_layer; l++)
+        for (int i = 0; i < N_LAYER_TENSORS; i++) {
+            const model_matrix *x = (const void *)((const char *)&m->layer[l] + model_layer_tensors[i].part[0].field);
+            if (model_layer_tensors[i].kind == VECTOR || !x->format || model_layer_tensors[i].group == T_FUSED || model_layer_tensors[i].group == T_GATE_UP) continue;
+            n += (double)x->n * (double)x->rows * (model_layer_tensors[i].kind == EXPERTS ? (double)m->n_used / m->n_expert : 1);
+        }
     return n;
 }
 

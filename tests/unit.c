@@ -622,7 +622,7 @@ static void test_kernel_definitions(void) {
         CHECK(fabs((double)out[i] - want) < 1e-5, "rms_norm %d: %g, not %g", i, (double)out[i], want);
     }
     memcpy(out, x, sizeof x);
-    k->swiglu(out, y, N);
+    k->activate(MAT_SILU, out, y, N);
     for (int i = 0; i < N; i++) {
         double want = (double)x[i] / (1 + exp(-(double)x[i])) * (double)y[i];
         CHECK(fabs((double)out[i] - want) < 1e-5, "swiglu %d: %g, not %g", i, (double)out[i], want);
