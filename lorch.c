@@ -364,6 +364,19 @@ static void sys_memory_in(const char *dir, int version, void *user) {
     if (limit - used < *least) *least = limit - used > 0 ? limit - used : 0;
 }
 
+static void sys_memory_limit_in(const char *dir, int version, void *user) {
+    double *least = user, limit = sys_read_number(dir, version == 2 ? "memory.max" : "memory.limit_in_bytes");
+    if (limit >= 0 && limit < *least) *least = limit;
+}
+
+/* Bytes that the machine or the cgroups let this process have at most, mapped files included. */
+static uint64_t sys_memory_total(void) {
+    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    double least = pages > 0 && size > 0 ? (double)pages * (double)size : 1e18;
+    sys_cgroup_walk("memory", sys_memory_limit_in, &least);
+    return (uint64_t)least;
+}
+
 /* Bytes that this process may still take: MemAvailable, the cgroups' limits, RLIMIT_AS. */
 static uint64_t sys_memory_available(void) {
     char text[4096];
@@ -4566,6 +4579,9 @@ enum model_group {
     T_GATE_BIAS = 1 << 28
 };
 #define T_LAYER (T_BASE | T_OUT_NORM | T_ATTN | T_ATTN_NORM | T_FFN_NORM)
+#define T_POST_LAYER ((T_LAYER & ~(T_ATTN_NORM | T_FFN_NORM)) | T_POST_NORM) /* norms only after */
+#define T_ONE_NORM (T_LAYER & ~T_FFN_NORM) /* attention and feed-forward side by side, or a late norm */
+#define T_LFM_LAYER ((T_LAYER & ~T_OUT_NORM) | T_HEAD_NORM | T_EMBD_NORM)
 #define T_MAY (T_FUSED | T_QKV_BIAS | T_OUT_BIAS | T_GATE_BIAS | T_OUTPUT | T_FACTORS)
 #define T_FFN (T_GATED | T_GATE_UP | T_UNGATED)
 
@@ -4577,7 +4593,8 @@ enum model_style {
     S_PLAIN_WINDOWS = 1 << 4, /* layers with windows turn without scaling */
     S_LAYER_NORM = 1 << 5,   /* norms subtract the mean */
     S_SQRT_EMBD = 1 << 6,    /* the embedding is multiplied by sqrt(n_embd) */
-    S_CAPS = 1 << 7,         /* attention scores and logits have caps */
+    S_CAPS = 1 << 7,         /* attention scores and logits have caps, 50 and 30 unless the keys differ */
+    S_LOGIT_CAP = 1 << 13,   /* logits have a cap if a key gives one */
     S_NORMED = 1 << 8,       /* the chosen experts' weights are made to sum to 1 */
     S_SIGMOID = 1 << 9,      /* experts' weights are sigmoids */
     S_CHOSEN_SOFTMAX = 1 << 10, /* softmax over the chosen experts only */
@@ -4604,36 +4621,37 @@ static const model_arch model_archs[] = {
     {"qwen3moe", T_LAYER | T_GATED | T_HEAD_NORM, S_HALVES | S_NORMED, MAT_SILU, T_EXPERTS, 0, 0, 0, 0, 0},
     {"gemma", T_LAYER | T_GATED, S_HALVES | S_SQRT_EMBD, MAT_GELU, 0, 0, 0, 0, 0, 0},
     {"gemma2", T_LAYER | T_GATED | T_POST_NORM, S_HALVES | S_SQRT_EMBD | S_CAPS, MAT_GELU, 0, 0, 2, 4096, 0, 46},
-    {"gemma3", T_LAYER | T_GATED | T_POST_NORM | T_HEAD_NORM, S_HALVES | S_SQRT_EMBD | S_PLAIN_WINDOWS, MAT_GELU, 0, 0, 6, 0, 10000, 62},
+    {"gemma3", T_LAYER | T_GATED | T_POST_NORM | T_HEAD_NORM, S_HALVES | S_SQRT_EMBD | S_PLAIN_WINDOWS | S_LOGIT_CAP, MAT_GELU, 0, 0, 6, 0, 10000, 62},
     {"phi3", T_LAYER | T_GATE_UP, S_HALVES, MAT_SILU, 0, 0, 0, 0, 0, 0},
     {"gpt2", T_LAYER | T_UNGATED | T_NORM_BIAS | T_QKV_BIAS | T_OUT_BIAS | T_POSITIONS, S_NO_ROPE | S_LAYER_NORM, MAT_GELU, 0, 0, 0, 0, 0, 0},
-    {"gpt-oss", (T_LAYER & ~T_FFN_NORM) | T_GATED | T_LATE_NORM | T_SINKS, S_HALVES | S_CHOSEN_SOFTMAX, MAT_SWIGLU7, T_EXPERTS | T_EXPERT_BIAS, 0, 2, 0, 0, 0},
+    {"gpt-oss", T_ONE_NORM | T_GATED | T_LATE_NORM | T_SINKS, S_HALVES | S_CHOSEN_SOFTMAX, MAT_SWIGLU7, T_EXPERTS | T_EXPERT_BIAS, 0, 2, 0, 0, 0},
     {"smollm3", T_LAYER | T_GATED, S_NO_ROPE_4TH, MAT_SILU, 0, 0, 0, 0, 0, 0},
-    {"olmo2", (T_LAYER & ~(T_ATTN_NORM | T_FFN_NORM)) | T_GATED | T_POST_NORM | T_WIDE_NORM, S_HALVES | S_PLAIN_WINDOWS, MAT_SILU, 0, 0, 4, 0, 0, 0},
+    {"olmo2", T_POST_LAYER | T_GATED | T_WIDE_NORM, S_HALVES | S_PLAIN_WINDOWS, MAT_SILU, 0, 0, 4, 0, 0, 0},
     {"olmoe", T_LAYER | T_GATED | T_WIDE_NORM, S_HALVES, MAT_SILU, T_EXPERTS, 0, 0, 0, 0, 0},
     {"granite", T_LAYER | T_GATED, S_LOGITS_OVER | S_NORMED, MAT_SILU, T_EXPERTS, T_SHARED, 0, 0, 0, 0},
     {"granitemoe", T_LAYER | T_GATED, S_LOGITS_OVER | S_NORMED, MAT_SILU, T_EXPERTS, T_SHARED, 0, 0, 0, 0},
     {"starcoder2", T_LAYER | T_UNGATED | T_NORM_BIAS | T_QKV_BIAS | T_OUT_BIAS, S_HALVES | S_LAYER_NORM, MAT_GELU, 0, 0, 0, 0, 0, 0},
-    {"stablelm", (T_LAYER & ~T_FFN_NORM) | T_GATED, S_HALVES | S_LAYER_NORM, MAT_SILU, 0, T_FFN_NORM | T_NORM_BIAS | T_HEADS_NORM, 0, 0, 0, 0},
-    {"command-r", (T_LAYER & ~T_FFN_NORM) | T_GATED, S_LAYER_NORM, MAT_SILU, 0, T_HEADS_NORM, 0, 0, 0, 0},
-    {"cohere2", (T_LAYER & ~T_FFN_NORM) | T_GATED, S_LAYER_NORM | S_ROPE_WINDOWS, MAT_SILU, 0, 0, 4, 0, 0, 0},
-    {"exaone4", (T_LAYER & ~(T_ATTN_NORM | T_FFN_NORM)) | T_GATED | T_POST_NORM | T_HEAD_NORM, S_HALVES | S_ROPE_WINDOWS | S_BIG_WINDOWS, MAT_SILU, 0, 0, 4, 4096, 0, 64},
+    {"stablelm", T_ONE_NORM | T_GATED, S_HALVES | S_LAYER_NORM, MAT_SILU, 0, T_FFN_NORM | T_NORM_BIAS | T_HEADS_NORM, 0, 0, 0, 0},
+    {"command-r", T_ONE_NORM | T_GATED, S_LAYER_NORM, MAT_SILU, 0, T_HEADS_NORM, 0, 0, 0, 0},
+    {"cohere2", T_ONE_NORM | T_GATED, S_LAYER_NORM | S_ROPE_WINDOWS, MAT_SILU, 0, 0, 4, 0, 0, 0},
+    {"exaone4", T_POST_LAYER | T_GATED | T_HEAD_NORM, S_HALVES | S_ROPE_WINDOWS | S_BIG_WINDOWS, MAT_SILU, 0, 0, 4, 4096, 0, 64},
     {"ernie4_5", T_LAYER | T_GATED, 0, MAT_SILU, 0, 0, 0, 0, 0, 0},
     {"glm4", T_LAYER | T_GATE_UP | T_POST_NORM, 0, MAT_SILU, 0, 0, 0, 0, 0, 0},
-    {"lfm2", (T_LAYER & ~T_OUT_NORM) | T_GATED | T_HEAD_NORM | T_EMBD_NORM, S_HALVES, MAT_SILU, 0, T_CONV, MAX_LAYERS, 0, 0, 0},
-    {"lfm2moe", (T_LAYER & ~T_OUT_NORM) | T_GATED | T_HEAD_NORM | T_EMBD_NORM, S_HALVES | S_NORMED | S_SIGMOID, MAT_SILU, T_EXPERTS, T_CHOICE_BIAS | T_CONV, MAX_LAYERS, 0, 0, 0},
+    {"lfm2", T_LFM_LAYER | T_GATED, S_HALVES, MAT_SILU, 0, T_CONV, MAX_LAYERS, 0, 0, 0},
+    {"lfm2moe", T_LFM_LAYER | T_GATED, S_HALVES | S_NORMED | S_SIGMOID, MAT_SILU, T_EXPERTS, T_CHOICE_BIAS | T_CONV, MAX_LAYERS, 0, 0, 0},
 };
 
 /* Families that people ask for, and what lorch lacks for them. */
 static const struct { const char *name, *lacks; } model_refused[] = {
-    {"deepseek2", "latent attention (MLA)"}, {"deepseek", "a leading dense layer beside fine-grained experts"}, {"llama4", "chunked attention and temperature scaling"},
-    {"gemma3n", "per-layer embeddings and alternating updates"}, {"gemma4", "per-layer embeddings and shared keys and values"},
-    {"qwen3next", "gated delta-net layers"}, {"qwen35", "gated delta-net layers"}, {"qwen35moe", "gated delta-net layers"}, {"qwen2vl", "rotation in sections"},
-    {"qwen3vl", "rotation in sections"}, {"falcon-h1", "state-space layers"}, {"granitehybrid", "state-space layers"}, {"nemotron_h", "state-space layers"},
-    {"jamba", "state-space layers"}, {"mamba", "state-space layers"}, {"mamba2", "state-space layers"}, {"rwkv6", "recurrent time mixing"}, {"rwkv7", "recurrent time mixing"},
-    {"bert", "an encoder's output: it makes embeddings, not text"}, {"nomic-bert", "an encoder's output: it makes embeddings, not text"},
-    {"t5", "an encoder"}, {"t5encoder", "an encoder"}, {"bloom", "position biases (ALiBi)"}, {"mpt", "position biases (ALiBi)"}, {"bitnet", "ternary weights"},
-    {"clip", "text: it is the image part of another model"},
+    {"deepseek2", "latent attention (MLA)"}, {"deepseek", "a leading dense layer beside fine-grained experts"},
+    {"llama4", "chunked attention and temperature scaling"}, {"gemma3n", "per-layer embeddings and alternating updates"},
+    {"gemma4", "per-layer embeddings and shared keys and values"}, {"qwen3next", "gated delta-net layers"}, {"qwen35", "gated delta-net layers"},
+    {"qwen35moe", "gated delta-net layers"}, {"qwen2vl", "rotation in sections"}, {"qwen3vl", "rotation in sections"},
+    {"falcon-h1", "state-space layers"}, {"granitehybrid", "state-space layers"}, {"nemotron_h", "state-space layers"},
+    {"jamba", "state-space layers"}, {"mamba", "state-space layers"}, {"mamba2", "state-space layers"},
+    {"rwkv6", "recurrent time mixing"}, {"rwkv7", "recurrent time mixing"}, {"bert", "an encoder: it makes embeddings, not text"},
+    {"nomic-bert", "an encoder: it makes embeddings, not text"}, {"t5", "an encoder"}, {"t5encoder", "an encoder"},
+    {"bloom", "position biases (ALiBi)"}, {"mpt", "position biases (ALiBi)"}, {"bitnet", "ternary weights"}, {"clip", "images: it is a part of another model"},
 };
 
 typedef struct {
@@ -4947,6 +4965,7 @@ static int model_read_rope(model *m, char *err, size_t cap) {
     if (!type.len && m->rope_factor == 1) m->rope_kind = "none";
     if (!(m->rope_base >= 1 && m->rope_base < 1e12) || !(m->rope_factor > 0 && m->rope_factor < 1e6))
         return sys_fail(err, cap, "%s: rope base %g or factor %g is out of range", m->file->path, m->rope_base, m->rope_factor);
+    if (model_layer_uint(m, "rope.dimension_sections", 0, 0)) return sys_fail(err, cap, "%s: rotation in sections (M-RoPE) is not supported", m->file->path);
     if (m->n_rot % 2 || m->n_rot > m->head_dim) return sys_fail(err, cap, "%s: rope dimension count %d does not fit a head of %d", m->file->path, m->n_rot, m->head_dim);
     double original = model_number(m, "rope.scaling.original_context_length", 0), reach = original * m->rope_factor;
     m->n_ctx_most = reach > m->n_ctx_train && reach <= MAX_CONTEXT ? (int)reach : m->n_ctx_train;
@@ -5059,7 +5078,8 @@ static int model_read_scales(model *m, char *err, size_t cap) {
     const char *eps = ln ? "attention.layer_norm_epsilon" : "attention.layer_norm_rms_epsilon";
     m->eps = (float)model_number(m, eps, 1e-5);
     m->attn_scale = (float)model_number(m, "attention.scale", 0);
-    if (m->attn_scale == 0) m->attn_scale = 1.0f / sqrtf((float)(m->n_layer == m->arch->big_layers && !(m->arch->style & S_BIG_WINDOWS) ? m->n_embd / m->n_head : m->head_dim));
+    int by_share = m->n_layer == m->arch->big_layers && !(m->arch->style & S_BIG_WINDOWS);
+    if (m->attn_scale == 0) m->attn_scale = 1.0f / sqrtf((float)(by_share ? m->n_embd / m->n_head : m->head_dim));
     m->embd_scale = (float)model_number(m, "embedding_scale", m->arch->style & S_SQRT_EMBD ? sqrt(m->n_embd) : 1);
     m->residual_scale = (float)model_number(m, "residual_scale", 1);
     m->logit_scale = (float)model_number(m, "logit_scale", 1);
@@ -5068,7 +5088,7 @@ static int model_read_scales(model *m, char *err, size_t cap) {
     if (m->logit_scale == 0) m->logit_scale = 1;
     if (m->arch->style & S_LOGITS_OVER) m->logit_scale = 1 / m->logit_scale;
     m->attn_cap = caps ? (float)model_number(m, "attn_logit_softcapping", 50) : 0;
-    m->logit_cap = caps ? (float)model_number(m, "final_logit_softcapping", 30) : 0;
+    m->logit_cap = caps || (m->style & S_LOGIT_CAP) ? (float)model_number(m, "final_logit_softcapping", caps ? 30 : 0) : 0;
     if (!(m->eps >= 0 && m->eps < 1)) return sys_fail(err, cap, "%s: %s is out of range", m->file->path, eps);
     const float scales[] = {m->attn_scale, m->embd_scale, m->residual_scale, m->logit_scale, m->expert_scale, m->attn_cap + 1, m->logit_cap + 1};
     for (size_t i = 0; i < sizeof scales / sizeof *scales; i++)
@@ -5148,6 +5168,7 @@ static int model_read(model *m, const char *path, const char *pre, char *err, si
     if (m->file->n_tensors == 0) return sys_fail(err, cap, "%s: the file holds a vocabulary only, no tensors", path);
     if (!(m->tok = tok_load(m->file, pre, err, cap))) return 0;
     if (!model_read_shapes(m, err, cap) || !model_bind_all(m, err, cap)) return 0;
+    if (m->rope_long && m->rope_short) m->rope_kind = "longrope"; /* some converters name it otherwise */
     if (strcmp(m->rope_kind, "longrope") == 0 && (!m->rope_long || !m->rope_short))
         return sys_fail(err, cap, "%s: rope scaling is longrope, but rope_factors_long.weight or rope_factors_short.weight is missing", path);
     if (m->rope_freqs && strcmp(m->rope_kind, "none") == 0) m->rope_kind = "llama3";
@@ -6906,7 +6927,7 @@ static enum mat_kv engine_kv_of(const lorch_options *o) {
 static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, size_t cap) {
     const model *m = e->m;
     lorch_options *o = &e->options;
-    uint64_t available = sys_memory_available();
+    uint64_t available = sys_memory_available(), total = sys_memory_total();
     *layout = model_kv_layout(m, engine_kv_of(o));
     if (o->n_ctx > m->n_ctx_most)
         return sys_fail(err, cap, "--context %d is more than the %d positions that the model was made for", o->n_ctx, m->n_ctx_most);
@@ -6927,6 +6948,9 @@ static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, s
     if (need > available)
         return sys_fail(err, cap, "INSUFFICIENT_MEMORY: KV cache and scratch need %llu bytes, but %llu are available (see --kv-cache-size-mb, --context, --parallel)",
                         (unsigned long long)need, (unsigned long long)available);
+    if (m->weight_bytes + need > total)
+        return sys_fail(err, cap, "INSUFFICIENT_MEMORY: weights of %llu bytes, KV cache and scratch of %llu do not fit into the %llu bytes of this machine or group",
+                        (unsigned long long)m->weight_bytes, (unsigned long long)need, (unsigned long long)total);
     *n_blocks = (int)blocks;
     return 1;
 }
@@ -9466,6 +9490,23 @@ static void cli_print_generated(const cli_settings *c, const tok_ids *prompt, cl
     buf_free(&b);
 }
 
+/* Defaults for sampling that a file may bring (general.sampling.*), where the command line says nothing. */
+static const struct { const char *key, *option; } cli_sampling[] = {
+    {"general.sampling.temp", "temperature"}, {"general.sampling.top_k", "top-k"}, {"general.sampling.top_p", "top-p"},
+    {"general.sampling.min_p", "min-p"}, {"general.sampling.penalty_repeat", "repetition-penalty"}};
+enum { N_CLI_SAMPLING = sizeof cli_sampling / sizeof *cli_sampling };
+
+static void cli_sampling_defaults(cli_settings *c, const gguf_file *g) {
+    for (int i = 0; i < N_CLI_SAMPLING; i++) {
+        const cli_option *o = cli_find(str_of(cli_sampling[i].option), CLI_GENERATE);
+        double v = gguf_get_float(g, cli_sampling[i].key, NAN);
+        void *field = (char *)c + o->field;
+        if (!(v >= o->lo && v <= o->hi) || cli_values[o - cli_options].value) continue;
+        if (o->kind == CLI_INT) *(int64_t *)field = (int64_t)v;
+        else *(double *)field = v;
+    }
+}
+
 static int cli_generate(cli_settings *c) {
     char err[LORCH_ERROR_BYTES];
     lorch_options o;
@@ -9477,6 +9518,7 @@ static int cli_generate(cli_settings *c) {
     cli_engine_options(c, &o);
     lorch *l = lorch_load(c->file, &o, err);
     if (!l) return cli_fail(err);
+    cli_sampling_defaults(c, l->e->m->file);
     lorch_params_defaults(&p);
     p.max_tokens = (int)c->n, p.temperature = (float)c->temperature, p.top_p = (float)c->top_p, p.min_p = (float)c->min_p, p.top_k = (int)c->top_k;
     p.repetition_penalty = (float)c->repetition_penalty, p.special = c->special, p.ignore_eos = c->ignore_eos, p.stop = c->stop, p.n_stop = c->n_stop;
@@ -9522,10 +9564,25 @@ static void cli_put_model(buf *b, const model *m, const kv_layout *kv, size_t sc
     json_kv_int(b, "context_length", m->n_ctx_train), json_kv_int(b, "n_layer", m->n_layer), json_kv_int(b, "n_embd", m->n_embd);
     json_kv_int(b, "n_head", m->n_head), json_kv_int(b, "n_head_kv", m->n_head_kv), json_kv_int(b, "head_dim", m->head_dim), json_kv_int(b, "n_ff", m->n_ff);
     json_kv_num(b, "rope_base", m->rope_base, 1), json_kv_num(b, "rope_factor", m->rope_factor, 3);
+    json_kv_cstr(b, "rope_scaling", m->rope_kind), json_kv_int(b, "context_most", m->n_ctx_most);
+    int windows = 0;
+    for (int l = 0; l < m->n_layer; l++) windows += m->layer[l].window > 0;
+    if (windows) json_kv_int(b, "window_layers", windows), json_kv_int(b, "window", m->layer[0].window ? m->layer[0].window : m->layer[1].window);
+    if (m->n_expert) json_kv_int(b, "experts", m->n_expert), json_kv_int(b, "experts_used", m->n_used), json_kv_int(b, "n_ff_expert", m->n_ff_exp);
+    if (m->n_conv_layers) json_kv_int(b, "convolution_layers", m->n_conv_layers);
     json_put_key(b, "memory"), buf_putc(b, '{');
     json_kv_u64(b, "weights", m->weight_bytes), json_kv_u64(b, "weights_per_token", m->token_bytes);
     json_kv_u64(b, "kv_per_token", kv->block_bytes / KV_BLOCK), json_kv_u64(b, "kv_whole_context", (uint64_t)kv_blocks_for(m->n_ctx_train) * kv->block_bytes);
     json_kv_u64(b, "scratch", scratch);
+    buf_putc(b, '}');
+}
+
+static void cli_put_sampling(buf *b, const gguf_file *g) { /* the file's defaults, by the names of generate's options */
+    buf_putc(b, '{');
+    for (int i = 0; i < N_CLI_SAMPLING; i++) {
+        double v = gguf_get_float(g, cli_sampling[i].key, NAN);
+        if (!isnan(v)) json_put_key(b, cli_sampling[i].option), buf_printf(b, "%g", v);
+    }
     buf_putc(b, '}');
 }
 
@@ -9563,6 +9620,7 @@ static int cli_inspect(cli_settings *c) {
         }
         json_kv_bool(&b, "vocabulary_only", vocab_only);
         json_kv_int(&b, "gguf_version", (int)g->version), json_kv_u64(&b, "file_bytes", g->size), json_kv_u64(&b, "tensors", g->n_tensors);
+        json_put_key(&b, "sampling"), cli_put_sampling(&b, g);
         json_put_key(&b, "formats"), cli_put_formats(&b, g);
         cli_put_tokenizer(&b, m ? m->tok : t);
         json_kv_bool(&b, "chat_template", gguf_get_str(g, "tokenizer.chat_template").len > 0);
@@ -9642,21 +9700,28 @@ static void cli_run_close(cli_run *r) {
     model_free(r->m);
 }
 
-/* n_ctx: positions that the KV pool must hold; max_logits: 0: as many as a chunk has tokens. */
-static int cli_run_open(cli_run *r, const cli_settings *c, int n_ctx, int min_batch, int max_logits) {
+/* n_ctx: positions that the KV pool must hold, at most `longest` of one text; max_logits: 0: as many as a chunk has tokens. */
+static int cli_run_open(cli_run *r, const cli_settings *c, int n_ctx, int longest, int min_batch, int max_logits) {
     char err[LORCH_ERROR_BYTES];
     const char *reason;
     memset(r, 0, sizeof *r);
     const mat_kernels *k = mat_choose(err, sizeof err);
     r->m = k ? model_load(c->file, c->pre, err, sizeof err) : NULL;
     if (!r->m) return cli_fail(err), 0;
+    int most = c->context && c->context < r->m->n_ctx_most ? (int)c->context : r->m->n_ctx_most;
+    if (longest > most) {
+        model_free(r->m);
+        snprintf(err, sizeof err, "%d tokens are more than the context of %d", longest, most);
+        return cli_fail(err), 0;
+    }
+    model_use_context(r->m, (int)c->context);
     r->n_ctx = n_ctx, r->chunk = c->chunk ? (int)c->chunk : MODEL_CHUNK;
-    int most = r->chunk > min_batch ? r->chunk : min_batch;
+    int batch = r->chunk > min_batch ? r->chunk : min_batch;
     pool_start(&r->threads, c->threads ? (int)c->threads : sys_default_threads(&reason));
     lorch_options o;
     cli_engine_options(c, &o);
     kv_layout layout = model_kv_layout(r->m, engine_kv_of(&o));
-    if (kv_pool_open(&r->kv, layout, kv_blocks_for(n_ctx)) && model_run_open(&r->run, r->m, k, &r->threads, &r->kv, most, max_logits ? max_logits : most)) return 1;
+    if (kv_pool_open(&r->kv, layout, kv_blocks_for(n_ctx)) && model_run_open(&r->run, r->m, k, &r->threads, &r->kv, batch, max_logits ? max_logits : batch)) return 1;
     cli_run_close(r);
     return cli_fail("INSUFFICIENT_MEMORY: cannot allocate the KV cache and scratch"), 0;
 }
@@ -9749,10 +9814,8 @@ static int cli_score(cli_settings *c) {
     else ok = cli_read_stdin(&text) && tok_encode(t, buf_str(&text), TOK_BOS | (c->special ? TOK_SPECIAL : 0), &ids) && ids.n > 0;
     tok_free(t), gguf_close(g);
     if (!ok) cli_fail(c->ids ? "--ids: not a list of token ids of this vocabulary" : "standard input is empty or not UTF-8");
-    else if (cli_run_open(&r, c, ids.n, 1, 0)) {
-        int most = c->context ? (int)c->context : r.m->n_ctx_train;
-        if (ids.n <= most) code = cli_score_ids(c, &r, &ids);
-        else cli_fail("the text is longer than the context");
+    else if (cli_run_open(&r, c, ids.n, ids.n, 1, 0)) {
+        code = cli_score_ids(c, &r, &ids);
         cli_run_close(&r);
     }
     free(ids.id), buf_free(&text);
@@ -9876,7 +9939,7 @@ static int cli_bench(cli_settings *c) {
     uint32_t *block[MAX_PARALLEL] = {0}, *prompt_block;
     int batch = (int)c->bench_batch, n = (int)c->n, p = (int)c->bench_prompt, ok = 1;
     int need = kv_blocks_for(p) + batch * kv_blocks_for(n);
-    if (!cli_run_open(&r, c, (need ? need : 1) * KV_BLOCK, batch, batch)) return 1;
+    if (!cli_run_open(&r, c, (need ? need : 1) * KV_BLOCK, p > n ? p : n, batch, batch)) return 1;
     uint32_t *table = sys_zalloc((size_t)need, sizeof *table);
     int32_t *id = sys_zalloc((size_t)p, sizeof *id);
     kv_seq all = {table, 0, 0};

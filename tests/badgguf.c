@@ -188,7 +188,7 @@ static const struct made_case {
      NULL, ACCEPT},
 
     {"architecture mamba", ALL_F32 "arch=mamba",
-     "architecture 'mamba' is not supported; supported: ", REFUSE},
+     "architecture 'mamba' is not supported: it needs state-space layers; supported: ", REFUSE},
     {"no architecture", ALL_F32 "kv:general.architecture=none", NULL, REFUSE},
     {"tensor of type IQ1_S",
      "llama f32 layers=4 embd=256 ff=64 heads=2 kv=1 hd=16 vocab=300 "
