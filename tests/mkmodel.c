@@ -15,6 +15,7 @@
  *             rot(rotated part of a head) vd(length of a value head)
  *             experts used(experts per token) ff_exp ff_shared dense(leading layers without)
  *             conv(a bit for each layer with a short convolution) taps lora(rank of MLA's keys)
+ *             exps_format(of the experts' matrices, where it is not FORMAT)
  * Rope:       rope_scaling(factor) rope_type(linear|yarn|longrope) rope_orig(context before)
  *             rope_attn(attention factor)
  * Features:   with=NAME,NAME.. without=NAME,NAME..; the names stand in mk_features
@@ -466,7 +467,7 @@ typedef struct {
     uint64_t rot, vd, experts, used, ff_exp, ff_shared, dense, conv, taps, lora, rope_orig;
     uint64_t version, magic, n_tensors, n_kv, alignment, cut;
     const char *rope_base, *rope_scaling, *rope_type, *rope_attn;
-    const char *tokenizer, *pre, *arch_name, *truncate, *with, *without;
+    const char *tokenizer, *pre, *arch_name, *truncate, *with, *without, *exps_format;
     const struct mk_arch *arch;
     uint64_t has; /* the architecture's bits and the options' */
     const mk_format *format;
@@ -498,7 +499,7 @@ static const struct mk_key {
     {MK_FIELD(taps), OPT_NUMBER},         {MK_FIELD(lora), OPT_NUMBER},
     {MK_FIELD(rope_orig), OPT_NUMBER},    {MK_FIELD(rope_type), OPT_TEXT},
     {MK_FIELD(rope_attn), OPT_TEXT},      {MK_FIELD(with), OPT_TEXT},
-    {MK_FIELD(without), OPT_TEXT},
+    {MK_FIELD(without), OPT_TEXT},        {MK_FIELD(exps_format), OPT_TEXT},
     {MK_FIELD(version), OPT_NUMBER},      {MK_FIELD(magic), OPT_NUMBER},
     {MK_FIELD(n_tensors), OPT_NUMBER},    {MK_FIELD(n_kv), OPT_NUMBER},
     {MK_FIELD(alignment), OPT_NUMBER},    {MK_FIELD(cut), OPT_NUMBER},
@@ -1021,6 +1022,7 @@ static int mk_add_tensor(mk_options *o, mk_tensors *ts, const struct mk_row *row
     const char *format = mk_override(o, "tensor:", t->name, ":format");
     t->row = row;
     t->format = row->kind == KIND_MATRIX ? o->format : &mk_formats[0];
+    if (!format && o->exps_format && strstr(t->name, "_exps.weight")) format = o->exps_format;
     if (format && !(t->format = mk_find_format(format)))
         return mk_complain("unknown format", format);
     for (int d = 0; d < 3; d++) t->dim[d] = row->dim[d] ? mk_dim(o, row->dim[d]) : 1;
