@@ -8,8 +8,17 @@
  * number is made of integers, so that neither libm nor the CPU can change a bit.  Weights have
  * a spread of 1/sqrt(row length), so activations stay near 1 and the output is far from flat.
  *
- * Shape:      embd ff layers heads kv hd vocab ctx rope_base rope_scaling(linear factor)
- *             freq_factors(0|1) tied(0|1) seed
+ * ARCH is one of mk_archs below.  Its row says which tensors and keys it has, with lengths that
+ * suit it; what a family has in some models only is switched by with= and without=.
+ *
+ * Shape:      embd ff layers heads kv hd vocab ctx rope_base freq_factors(0|1) tied(0|1) seed
+ *             rot(rotated part of a head) vd(length of a value head)
+ *             experts used(experts per token) ff_exp ff_shared dense(leading layers without)
+ *             conv(a bit for each layer with a short convolution) taps lora(rank of MLA's keys)
+ *             exps_format(of the experts' matrices, where it is not FORMAT)
+ * Rope:       rope_scaling(factor) rope_type(linear|yarn|longrope) rope_orig(context before)
+ *             rope_attn(attention factor)
+ * Features:   with=NAME,NAME.. without=NAME,NAME..; the names stand in mk_features
  * Tokenizer:  tokenizer(spm|bpe) pre(for bpe)
  * File:       version(2|3) vocab_only(0|1) alignment
  *
@@ -254,47 +263,200 @@ static const mk_format *mk_find_format(const char *name) {
 
 /* ==== Architectures and tensors ============================================================== */
 
-/* What a tensor row may require.  An architecture is a set of these; the rest are options. */
-enum { HAS_QKV_BIAS = 1, HAS_QK_NORM = 2, HAS_OUTPUT = 4, HAS_FREQS = 8 };
+/* What a tensor row may require, a bit each.  An architecture is a set of these, to which the
+ * options add; the ON_ bits are those of a single layer. */
+#define MK_BIT(n) (1ull << (n))
+#define HAS_OUTPUT MK_BIT(0)
+#define HAS_FREQS MK_BIT(1)       /* rope_freqs.weight */
+#define HAS_LONGROPE MK_BIT(2)    /* rope_factors_long.weight and _short */
+#define HAS_POSITIONS MK_BIT(3)   /* a learnt vector per position instead of rope */
+#define HAS_SPLIT_QKV MK_BIT(4)   /* attn_q, attn_k, attn_v */
+#define HAS_FUSED_QKV MK_BIT(5)   /* attn_qkv */
+#define HAS_QKV_BIAS MK_BIT(6)    /* of either */
+#define HAS_OUT_BIAS MK_BIT(7)    /* of attn_output */
+#define HAS_QK_NORM MK_BIT(8)     /* one weight for all heads */
+#define HAS_QK_NORM_ALL MK_BIT(9) /* one norm over all heads together */
+#define HAS_QK_NORM_EACH MK_BIT(10) /* a weight for each head */
+#define HAS_SINKS MK_BIT(11)
+#define HAS_LATENT MK_BIT(12)      /* MLA: keys and values come from a short vector, by attn_kv_b */
+#define HAS_LATENT_HEADS MK_BIT(13) /* ... by attn_k_b and attn_v_b */
+#define HAS_ATTN_NORM MK_BIT(14)
+#define HAS_FFN_NORM MK_BIT(15)
+#define HAS_POST_ATTN MK_BIT(16)
+#define HAS_POST_FFN MK_BIT(17)
+#define HAS_NORM_BIAS MK_BIT(18) /* of all norms of the residual stream */
+#define HAS_GATE MK_BIT(19)
+#define HAS_UP MK_BIT(20)
+#define HAS_FUSED_UP MK_BIT(21) /* gate and up in one */
+#define HAS_FFN_BIAS MK_BIT(22)
+#define HAS_EXPERT_BIAS MK_BIT(23)
+#define HAS_CHOICE_BIAS MK_BIT(24) /* added to the scores for the choice of experts only */
+#define HAS_SHARED_GATE MK_BIT(25)
+#define HAS_OUT_NORM MK_BIT(26)
+#define HAS_EMBD_NORM MK_BIT(27) /* the last norm, under another name */
+#define HAS_EXPERTS MK_BIT(28)
+#define HAS_SHARED MK_BIT(29)
+#define IS_SQUARE MK_BIT(40)    /* heads * hd = embd */
+#define IS_TIED MK_BIT(41)      /* there can be no output.weight */
+#define IS_LAYERNORM MK_BIT(42) /* the key of the epsilon */
+#define IS_FF_EXP MK_BIT(43)    /* experts have a length of their own */
+#define ON_ATTENTION MK_BIT(50)
+#define ON_CONV MK_BIT(51)
+#define ON_DENSE MK_BIT(52)
+#define ON_EXPERTS MK_BIT(53)
 
+#define PLAIN_FFN (HAS_FFN_NORM | HAS_GATE | HAS_UP)
+#define PLAIN (HAS_SPLIT_QKV | HAS_ATTN_NORM | PLAIN_FFN | HAS_OUT_NORM)
+#define POST_NORMS (HAS_POST_ATTN | HAS_POST_FFN)
+#define LAYERNORMS (IS_LAYERNORM | HAS_NORM_BIAS)
+
+/* Keys are ARCH.KEY=TYPE:VALUE, as in kv:.  Windows and original contexts are so short that 64
+ * positions cross them; soft caps and scales so strong that they cannot go unnoticed. */
 static const struct mk_arch {
     const char *name;
-    unsigned has;
+    uint64_t has;
+    const char *shape, *keys;
 } mk_archs[] = {
-    {"llama", 0},
-    {"qwen2", HAS_QKV_BIAS},
-    {"qwen3", HAS_QK_NORM},
+    {"llama", PLAIN, "", ""},
+    {"qwen2", PLAIN | HAS_QKV_BIAS, "", ""},
+    {"qwen3", PLAIN | HAS_QK_NORM, "", ""},
+    {"qwen2moe", PLAIN | HAS_QKV_BIAS | HAS_SHARED_GATE | IS_SQUARE | IS_FF_EXP,
+     "experts=6 used=2 ff_shared=128", ""},
+    {"qwen3moe", PLAIN | HAS_QK_NORM | IS_FF_EXP, "experts=7 used=3", ""},
+    {"gemma2", PLAIN | POST_NORMS | IS_TIED, "layers=4",
+     "attention.sliding_window=u32:20 attn_logit_softcapping=f32:1.5 "
+     "final_logit_softcapping=f32:3"},
+    {"gemma3", PLAIN | POST_NORMS | HAS_QK_NORM, "layers=7",
+     "attention.sliding_window=u32:18 rope.freq_base_swa=f32:3000"},
+    {"phi3", (PLAIN & ~(HAS_SPLIT_QKV | HAS_GATE | HAS_UP)) | HAS_FUSED_QKV | HAS_FUSED_UP | IS_SQUARE,
+     "", ""},
+    {"gpt2", HAS_POSITIONS | HAS_FUSED_QKV | HAS_QKV_BIAS | HAS_OUT_BIAS | HAS_ATTN_NORM | HAS_FFN_NORM |
+         HAS_UP | HAS_FFN_BIAS | HAS_OUT_NORM | LAYERNORMS | IS_SQUARE, "kv=4 ctx=192", ""},
+    {"gpt-oss", (PLAIN & ~HAS_FFN_NORM) | HAS_POST_ATTN | HAS_QKV_BIAS | HAS_OUT_BIAS | HAS_SINKS |
+         HAS_EXPERT_BIAS | IS_FF_EXP, "layers=4 experts=6 used=3",
+     "attention.sliding_window=u32:20"},
+    {"smollm3", PLAIN, "layers=5", ""},
+    {"olmo2", (PLAIN & ~(HAS_ATTN_NORM | HAS_FFN_NORM)) | POST_NORMS | HAS_QK_NORM_ALL | IS_SQUARE, "",
+     ""},
+    {"olmoe", PLAIN | HAS_QK_NORM_ALL | IS_SQUARE, "kv=4 ff=64 experts=7 used=3", ""},
+    {"granite", PLAIN, "", "embedding_scale=f32:5 residual_scale=f32:0.6 attention.scale=f32:0.3 "
+     "logit_scale=f32:0.7"},
+    {"granitemoe", PLAIN, "ff=64 experts=7 used=3", "embedding_scale=f32:4 residual_scale=f32:0.7 "
+     "attention.scale=f32:0.25 logit_scale=f32:0.8"},
+    {"starcoder2", (PLAIN & ~HAS_GATE) | HAS_QKV_BIAS | HAS_OUT_BIAS | HAS_FFN_BIAS | LAYERNORMS |
+         IS_SQUARE, "", ""},
+    {"stablelm", PLAIN | LAYERNORMS | IS_SQUARE, "rot=8", ""},
+    {"command-r", (PLAIN & ~HAS_FFN_NORM) | IS_LAYERNORM | IS_TIED | IS_SQUARE, "",
+     "logit_scale=f32:1.3"},
+    {"cohere2", (PLAIN & ~HAS_FFN_NORM) | IS_LAYERNORM | IS_TIED | IS_SQUARE, "layers=5",
+     "attention.sliding_window=u32:20 logit_scale=f32:1.3"},
+    {"exaone4", (PLAIN & ~(HAS_ATTN_NORM | HAS_FFN_NORM)) | POST_NORMS | HAS_QK_NORM | IS_SQUARE, "", ""},
+    {"ernie4_5", PLAIN, "", ""},
+    {"glm4", (PLAIN & ~(HAS_GATE | HAS_UP)) | HAS_FUSED_UP | POST_NORMS | HAS_QKV_BIAS, "rot=20", ""},
+    {"lfm2", (PLAIN & ~HAS_OUT_NORM) | HAS_EMBD_NORM | HAS_QK_NORM | IS_SQUARE,
+     "layers=5 conv=0b01101 taps=3", ""},
+    {"lfm2moe", (PLAIN & ~HAS_OUT_NORM) | HAS_EMBD_NORM | HAS_QK_NORM | HAS_CHOICE_BIAS | IS_SQUARE |
+         IS_FF_EXP, "layers=5 conv=0b01101 taps=3 experts=6 used=2 dense=2", "expert_gating_func=u32:2"},
+    {"deepseek2", (PLAIN & ~HAS_SPLIT_QKV) | HAS_LATENT | IS_FF_EXP,
+     "layers=27 kv=4 hd=48 rot=16 vd=40 lora=64 experts=6 used=2 ff_shared=128 dense=1",
+     "expert_shared_count=u32:2 expert_weights_scale=f32:1.5"},
+};
+
+/* Names for with= and without=. */
+static const struct {
+    const char *name;
+    uint64_t bit;
+} mk_features[] = {
+    {"qkv_bias", HAS_QKV_BIAS},       {"out_bias", HAS_OUT_BIAS},
+    {"ffn_bias", HAS_FFN_BIAS},       {"norm_bias", HAS_NORM_BIAS},
+    {"qk_norm", HAS_QK_NORM},         {"qk_norm_each", HAS_QK_NORM_EACH},
+    {"ffn_norm", HAS_FFN_NORM},       {"longrope", HAS_LONGROPE},
+    {"split_qkv", HAS_SPLIT_QKV},     {"fused_qkv", HAS_FUSED_QKV},
+    {"sinks", HAS_SINKS},             {"choice_bias", HAS_CHOICE_BIAS},
+    {"latent", HAS_LATENT},           {"latent_heads", HAS_LATENT_HEADS},
 };
 
 /* The lengths that tensor rows are written in. */
-enum { DIM_NONE, DIM_EMBD, DIM_FF, DIM_Q, DIM_KV, DIM_HEAD, DIM_FREQS, DIM_VOCAB, DIM_COUNT };
-enum { KIND_MATRIX, KIND_NORM, KIND_BIAS, KIND_FREQS };
+enum {
+    DIM_NONE, DIM_EMBD, DIM_FF, DIM_Q, DIM_KV, DIM_HEAD, DIM_FREQS, DIM_VOCAB, DIM_CTX, DIM_QKV, DIM_FUSED_UP,
+    DIM_HEADS, DIM_KV_HEADS, DIM_EXPERTS, DIM_FF_EXP, DIM_FF_SHARED, DIM_TAPS, DIM_CONV_IN, DIM_LATENT,
+    DIM_LATENT_IN, DIM_LATENT_KV, DIM_NOPE, DIM_VALUE, DIM_ATTN_OUT, DIM_COUNT
+};
+/* A small matrix stays in F32 whatever the file's format, as quantisers leave it. */
+enum { KIND_MATRIX, KIND_SMALL, KIND_NORM, KIND_BIAS, KIND_FREQS };
 
 /* The gain (in quarters) is the spread of a product with a normalised vector.  At the output 2
  * gives distributions with a few likely tokens; much more, here or in queries and keys, would
- * amplify the rounding of activations until two right programs no longer agree. */
+ * amplify the rounding of activations until two right programs no longer agree.  Of biases and
+ * frequency factors it is the range, 0 standing for the usual one. */
 static const struct mk_row {
     const char *name;
-    int kind, dim[2], gain4;
-    unsigned need;
+    int kind, dim[3], gain4;
+    uint64_t need;
 } mk_rows[] = {
     {"token_embd.weight", KIND_MATRIX, {DIM_EMBD, DIM_VOCAB}, 8, 0},
-    {"rope_freqs.weight", KIND_FREQS, {DIM_FREQS, 0}, 0, HAS_FREQS},
-    {"blk.%d.attn_norm.weight", KIND_NORM, {DIM_EMBD, 0}, 0, 0},
-    {"blk.%d.attn_q.weight", KIND_MATRIX, {DIM_EMBD, DIM_Q}, 4, 0},
-    {"blk.%d.attn_k.weight", KIND_MATRIX, {DIM_EMBD, DIM_KV}, 4, 0},
-    {"blk.%d.attn_v.weight", KIND_MATRIX, {DIM_EMBD, DIM_KV}, 4, 0},
-    {"blk.%d.attn_output.weight", KIND_MATRIX, {DIM_Q, DIM_EMBD}, 4, 0},
-    {"blk.%d.attn_q.bias", KIND_BIAS, {DIM_Q, 0}, 0, HAS_QKV_BIAS},
-    {"blk.%d.attn_k.bias", KIND_BIAS, {DIM_KV, 0}, 0, HAS_QKV_BIAS},
-    {"blk.%d.attn_v.bias", KIND_BIAS, {DIM_KV, 0}, 0, HAS_QKV_BIAS},
-    {"blk.%d.attn_q_norm.weight", KIND_NORM, {DIM_HEAD, 0}, 0, HAS_QK_NORM},
-    {"blk.%d.attn_k_norm.weight", KIND_NORM, {DIM_HEAD, 0}, 0, HAS_QK_NORM},
-    {"blk.%d.ffn_norm.weight", KIND_NORM, {DIM_EMBD, 0}, 0, 0},
-    {"blk.%d.ffn_gate.weight", KIND_MATRIX, {DIM_EMBD, DIM_FF}, 4, 0},
-    {"blk.%d.ffn_up.weight", KIND_MATRIX, {DIM_EMBD, DIM_FF}, 4, 0},
-    {"blk.%d.ffn_down.weight", KIND_MATRIX, {DIM_FF, DIM_EMBD}, 4, 0},
-    {"output_norm.weight", KIND_NORM, {DIM_EMBD, 0}, 0, 0},
+    {"position_embd.weight", KIND_SMALL, {DIM_EMBD, DIM_CTX}, 8, HAS_POSITIONS},
+    {"rope_freqs.weight", KIND_FREQS, {DIM_FREQS}, 28, HAS_FREQS},
+    {"rope_factors_long.weight", KIND_FREQS, {DIM_FREQS}, 20, HAS_LONGROPE},
+    {"rope_factors_short.weight", KIND_FREQS, {DIM_FREQS}, 3, HAS_LONGROPE},
+    {"blk.%d.attn_norm.weight", KIND_NORM, {DIM_EMBD}, 0, HAS_ATTN_NORM},
+    {"blk.%d.attn_norm.bias", KIND_BIAS, {DIM_EMBD}, 0, HAS_ATTN_NORM | HAS_NORM_BIAS},
+    {"blk.%d.attn_q.weight", KIND_MATRIX, {DIM_EMBD, DIM_Q}, 4, HAS_SPLIT_QKV | ON_ATTENTION},
+    {"blk.%d.attn_k.weight", KIND_MATRIX, {DIM_EMBD, DIM_KV}, 4, HAS_SPLIT_QKV | ON_ATTENTION},
+    {"blk.%d.attn_v.weight", KIND_MATRIX, {DIM_EMBD, DIM_KV}, 4, HAS_SPLIT_QKV | ON_ATTENTION},
+    {"blk.%d.attn_qkv.weight", KIND_MATRIX, {DIM_EMBD, DIM_QKV}, 4, HAS_FUSED_QKV},
+    {"blk.%d.attn_qkv.bias", KIND_BIAS, {DIM_QKV}, 0, HAS_FUSED_QKV | HAS_QKV_BIAS},
+    {"blk.%d.attn_q.weight", KIND_MATRIX, {DIM_EMBD, DIM_Q}, 4, HAS_LATENT},
+    {"blk.%d.attn_kv_a_mqa.weight", KIND_MATRIX, {DIM_EMBD, DIM_LATENT_IN}, 4, HAS_LATENT},
+    {"blk.%d.attn_kv_a_norm.weight", KIND_NORM, {DIM_LATENT}, 0, HAS_LATENT},
+    {"blk.%d.attn_kv_b.weight", KIND_MATRIX, {DIM_LATENT, DIM_LATENT_KV}, 4, HAS_LATENT},
+    {"blk.%d.attn_q.weight", KIND_MATRIX, {DIM_EMBD, DIM_Q}, 4, HAS_LATENT_HEADS},
+    {"blk.%d.attn_kv_a_mqa.weight", KIND_MATRIX, {DIM_EMBD, DIM_LATENT_IN}, 4, HAS_LATENT_HEADS},
+    {"blk.%d.attn_kv_a_norm.weight", KIND_NORM, {DIM_LATENT}, 0, HAS_LATENT_HEADS},
+    {"blk.%d.attn_k_b.weight", KIND_MATRIX, {DIM_NOPE, DIM_LATENT, DIM_HEADS}, 4, HAS_LATENT_HEADS},
+    {"blk.%d.attn_v_b.weight", KIND_MATRIX, {DIM_LATENT, DIM_VALUE, DIM_HEADS}, 4, HAS_LATENT_HEADS},
+    {"blk.%d.attn_output.weight", KIND_MATRIX, {DIM_ATTN_OUT, DIM_EMBD}, 4, ON_ATTENTION},
+    {"blk.%d.attn_output.bias", KIND_BIAS, {DIM_EMBD}, 0, HAS_OUT_BIAS},
+    {"blk.%d.attn_q.bias", KIND_BIAS, {DIM_Q}, 0, HAS_SPLIT_QKV | HAS_QKV_BIAS},
+    {"blk.%d.attn_k.bias", KIND_BIAS, {DIM_KV}, 0, HAS_SPLIT_QKV | HAS_QKV_BIAS},
+    {"blk.%d.attn_v.bias", KIND_BIAS, {DIM_KV}, 0, HAS_SPLIT_QKV | HAS_QKV_BIAS},
+    {"blk.%d.attn_q_norm.weight", KIND_NORM, {DIM_HEAD}, 0, HAS_QK_NORM | ON_ATTENTION},
+    {"blk.%d.attn_k_norm.weight", KIND_NORM, {DIM_HEAD}, 0, HAS_QK_NORM | ON_ATTENTION},
+    {"blk.%d.attn_q_norm.weight", KIND_NORM, {DIM_Q}, 0, HAS_QK_NORM_ALL},
+    {"blk.%d.attn_k_norm.weight", KIND_NORM, {DIM_KV}, 0, HAS_QK_NORM_ALL},
+    {"blk.%d.attn_q_norm.weight", KIND_NORM, {DIM_HEAD, DIM_HEADS}, 0, HAS_QK_NORM_EACH},
+    {"blk.%d.attn_k_norm.weight", KIND_NORM, {DIM_HEAD, DIM_KV_HEADS}, 0, HAS_QK_NORM_EACH},
+    {"blk.%d.attn_sinks.weight", KIND_BIAS, {DIM_HEADS}, 16, HAS_SINKS},
+    {"blk.%d.post_attention_norm.weight", KIND_NORM, {DIM_EMBD}, 0, HAS_POST_ATTN},
+    {"blk.%d.shortconv.conv.weight", KIND_SMALL, {DIM_TAPS, DIM_EMBD}, 4, ON_CONV},
+    {"blk.%d.shortconv.in_proj.weight", KIND_MATRIX, {DIM_EMBD, DIM_CONV_IN}, 4, ON_CONV},
+    {"blk.%d.shortconv.out_proj.weight", KIND_MATRIX, {DIM_EMBD, DIM_EMBD}, 4, ON_CONV},
+    {"blk.%d.ffn_norm.weight", KIND_NORM, {DIM_EMBD}, 0, HAS_FFN_NORM},
+    {"blk.%d.ffn_norm.bias", KIND_BIAS, {DIM_EMBD}, 0, HAS_FFN_NORM | HAS_NORM_BIAS},
+    {"blk.%d.ffn_gate.weight", KIND_MATRIX, {DIM_EMBD, DIM_FF}, 4, HAS_GATE | ON_DENSE},
+    {"blk.%d.ffn_up.weight", KIND_MATRIX, {DIM_EMBD, DIM_FF}, 4, HAS_UP | ON_DENSE},
+    {"blk.%d.ffn_up.weight", KIND_MATRIX, {DIM_EMBD, DIM_FUSED_UP}, 4, HAS_FUSED_UP | ON_DENSE},
+    {"blk.%d.ffn_down.weight", KIND_MATRIX, {DIM_FF, DIM_EMBD}, 4, ON_DENSE},
+    {"blk.%d.ffn_gate.bias", KIND_BIAS, {DIM_FF}, 0, HAS_GATE | HAS_FFN_BIAS | ON_DENSE},
+    {"blk.%d.ffn_up.bias", KIND_BIAS, {DIM_FF}, 0, HAS_UP | HAS_FFN_BIAS | ON_DENSE},
+    {"blk.%d.ffn_down.bias", KIND_BIAS, {DIM_EMBD}, 0, HAS_FFN_BIAS | ON_DENSE},
+    {"blk.%d.ffn_gate_inp.weight", KIND_SMALL, {DIM_EMBD, DIM_EXPERTS}, 6, ON_EXPERTS},
+    {"blk.%d.ffn_gate_inp.bias", KIND_BIAS, {DIM_EXPERTS}, 0, HAS_EXPERT_BIAS | ON_EXPERTS},
+    {"blk.%d.exp_probs_b.bias", KIND_BIAS, {DIM_EXPERTS}, 0, HAS_CHOICE_BIAS | ON_EXPERTS},
+    {"blk.%d.ffn_gate_exps.weight", KIND_MATRIX, {DIM_EMBD, DIM_FF_EXP, DIM_EXPERTS}, 4, ON_EXPERTS},
+    {"blk.%d.ffn_up_exps.weight", KIND_MATRIX, {DIM_EMBD, DIM_FF_EXP, DIM_EXPERTS}, 4, ON_EXPERTS},
+    {"blk.%d.ffn_down_exps.weight", KIND_MATRIX, {DIM_FF_EXP, DIM_EMBD, DIM_EXPERTS}, 4, ON_EXPERTS},
+    {"blk.%d.ffn_gate_exps.bias", KIND_BIAS, {DIM_FF_EXP, DIM_EXPERTS}, 0, HAS_EXPERT_BIAS | ON_EXPERTS},
+    {"blk.%d.ffn_up_exps.bias", KIND_BIAS, {DIM_FF_EXP, DIM_EXPERTS}, 0, HAS_EXPERT_BIAS | ON_EXPERTS},
+    {"blk.%d.ffn_down_exps.bias", KIND_BIAS, {DIM_EMBD, DIM_EXPERTS}, 0, HAS_EXPERT_BIAS | ON_EXPERTS},
+    {"blk.%d.ffn_gate_inp_shexp.weight", KIND_SMALL, {DIM_EMBD}, 4, HAS_SHARED_GATE | ON_EXPERTS},
+    {"blk.%d.ffn_gate_shexp.weight", KIND_MATRIX, {DIM_EMBD, DIM_FF_SHARED}, 4, HAS_SHARED | ON_EXPERTS},
+    {"blk.%d.ffn_up_shexp.weight", KIND_MATRIX, {DIM_EMBD, DIM_FF_SHARED}, 4, HAS_SHARED | ON_EXPERTS},
+    {"blk.%d.ffn_down_shexp.weight", KIND_MATRIX, {DIM_FF_SHARED, DIM_EMBD}, 4, HAS_SHARED | ON_EXPERTS},
+    {"blk.%d.post_ffw_norm.weight", KIND_NORM, {DIM_EMBD}, 0, HAS_POST_FFN},
+    {"output_norm.weight", KIND_NORM, {DIM_EMBD}, 0, HAS_OUT_NORM},
+    {"output_norm.bias", KIND_BIAS, {DIM_EMBD}, 0, HAS_NORM_BIAS},
+    {"token_embd_norm.weight", KIND_NORM, {DIM_EMBD}, 0, HAS_EMBD_NORM},
     {"output.weight", KIND_MATRIX, {DIM_EMBD, DIM_VOCAB}, 8, HAS_OUTPUT},
 };
 
@@ -302,12 +464,15 @@ static const struct mk_row {
 
 typedef struct {
     uint64_t embd, ff, layers, heads, kv, hd, vocab, ctx, seed, tied, freq_factors, vocab_only;
+    uint64_t rot, vd, experts, used, ff_exp, ff_shared, dense, conv, taps, lora, rope_orig;
     uint64_t version, magic, n_tensors, n_kv, alignment, cut;
-    const char *rope_base, *rope_scaling, *tokenizer, *pre, *arch_name, *truncate;
+    const char *rope_base, *rope_scaling, *rope_type, *rope_attn;
+    const char *tokenizer, *pre, *arch_name, *truncate, *with, *without, *exps_format;
     const struct mk_arch *arch;
+    uint64_t has; /* the architecture's bits and the options' */
     const mk_format *format;
     const char **overrides; /* the kv: and tensor: arguments, as given */
-    uint8_t *used;          /* [n_overrides], to add new keys and refuse misspelt tensors */
+    uint8_t *taken;         /* [n_overrides], to add new keys and refuse misspelt tensors */
     size_t n_overrides;
 } mk_options;
 
@@ -327,6 +492,14 @@ static const struct mk_key {
     {MK_FIELD(vocab), OPT_NUMBER},        {MK_FIELD(ctx), OPT_NUMBER},
     {MK_FIELD(seed), OPT_NUMBER},         {MK_FIELD(tied), OPT_NUMBER},
     {MK_FIELD(freq_factors), OPT_NUMBER}, {MK_FIELD(vocab_only), OPT_NUMBER},
+    {MK_FIELD(rot), OPT_NUMBER},          {MK_FIELD(vd), OPT_NUMBER},
+    {MK_FIELD(experts), OPT_NUMBER},      {MK_FIELD(used), OPT_NUMBER},
+    {MK_FIELD(ff_exp), OPT_NUMBER},       {MK_FIELD(ff_shared), OPT_NUMBER},
+    {MK_FIELD(dense), OPT_NUMBER},        {MK_FIELD(conv), OPT_NUMBER},
+    {MK_FIELD(taps), OPT_NUMBER},         {MK_FIELD(lora), OPT_NUMBER},
+    {MK_FIELD(rope_orig), OPT_NUMBER},    {MK_FIELD(rope_type), OPT_TEXT},
+    {MK_FIELD(rope_attn), OPT_TEXT},      {MK_FIELD(with), OPT_TEXT},
+    {MK_FIELD(without), OPT_TEXT},        {MK_FIELD(exps_format), OPT_TEXT},
     {MK_FIELD(version), OPT_NUMBER},      {MK_FIELD(magic), OPT_NUMBER},
     {MK_FIELD(n_tensors), OPT_NUMBER},    {MK_FIELD(n_kv), OPT_NUMBER},
     {MK_FIELD(alignment), OPT_NUMBER},    {MK_FIELD(cut), OPT_NUMBER},
@@ -355,12 +528,24 @@ static int mk_set(mk_options *o, const char *arg) {
             memcpy(field, &(const char *){equals + 1}, sizeof(const char *));
             return 0;
         }
-        uint64_t v = strtoull(equals + 1, &end, 0);
+        int binary = equals[1] == '0' && equals[2] == 'b';
+        uint64_t v = strtoull(equals + 1 + 2 * binary, &end, binary ? 2 : 0);
         if (*end || end == equals + 1) return mk_complain("not a number", arg);
         memcpy(field, &v, sizeof v);
         return 0;
     }
     return mk_complain("unknown key", arg);
+}
+
+/* The numbers of an architecture's row, then those of the K formats, whose rows are longer. */
+static int mk_shape(mk_options *o, const char *words) {
+    char word[64];
+    for (size_t n; *words; words += n + (words[n] != 0)) {
+        n = strcspn(words, " ");
+        snprintf(word, sizeof word, "%.*s", (int)n, words);
+        if (mk_set(o, word)) return -1;
+    }
+    return 0;
 }
 
 /* Default shapes have all lengths distinct, so that a mistaken one cannot go unnoticed. */
@@ -371,23 +556,77 @@ static int mk_defaults(mk_options *o, const char *arch, const char *format) {
         if (strcmp(mk_archs[i].name, arch) == 0) o->arch = &mk_archs[i];
     if (!o->arch) return mk_complain("unknown architecture", arch);
     int k_format = o->format->elements == 256;
-    o->embd = k_format ? 256 : 96, o->ff = k_format ? 768 : 224;
-    o->heads = k_format ? 8 : 4, o->hd = k_format ? 64 : 40;
-    o->kv = 2, o->layers = 3, o->vocab = 391, o->ctx = 512, o->version = 3, o->tied = 0;
-    o->magic = 0x46554747, o->n_tensors = o->n_kv = o->alignment = MK_AUTO;
-    o->rope_base = "10000", o->tokenizer = "spm", o->pre = "gpt-2", o->arch_name = arch;
+    o->embd = 96, o->ff = 224, o->heads = 4, o->kv = 2, o->layers = 3, o->vocab = 391, o->ctx = 512;
+    o->version = 3, o->magic = 0x46554747;
+    o->hd = o->rot = o->vd = o->ff_exp = o->n_tensors = o->n_kv = o->alignment = MK_AUTO;
+    o->rope_base = "10000", o->rope_type = "linear", o->tokenizer = "spm", o->pre = "gpt-2";
+    o->arch_name = arch;
+    if (mk_shape(o, o->arch->shape)) return -1;
+    if (!k_format) return 0;
+    o->embd = 256, o->ff = 768, o->heads = 8;
+    if (o->kv == 4) o->kv = 8;
+    if (o->lora) o->lora = 256, o->vd = 64;
+    if (o->ff_shared) o->ff_shared = 1024;
+    return 0;
+}
+
+static int mk_feature(mk_options *o, const char *names, int on) {
+    for (size_t n; names && *names; names += n + (names[n] != 0)) {
+        uint64_t bit = 0;
+        n = strcspn(names, ",");
+        for (size_t i = 0; i < sizeof mk_features / sizeof *mk_features; i++)
+            if (strlen(mk_features[i].name) == n && strncmp(mk_features[i].name, names, n) == 0)
+                bit = mk_features[i].bit;
+        if (!bit) return mk_complain("unknown feature", names);
+        o->has = on ? o->has | bit : o->has & ~bit;
+    }
+    return 0;
+}
+
+/* What follows from the options, once all are known. */
+static int mk_resolve(mk_options *o) {
+    int k_format = o->format->elements == 256;
+    o->has = o->arch->has;
+    if (o->hd == MK_AUTO) o->hd = o->has & IS_SQUARE ? o->embd / o->heads : k_format ? 64 : 40;
+    if (o->rot == MK_AUTO) o->rot = o->hd;
+    if (o->vd == MK_AUTO) o->vd = o->hd;
+    if (o->ff_exp == MK_AUTO) o->ff_exp = !(o->has & IS_FF_EXP) ? o->ff : k_format ? 512 : 64;
+    if (!o->tied && !(o->has & IS_TIED)) o->has |= HAS_OUTPUT;
+    if (o->freq_factors) o->has |= HAS_FREQS;
+    if (o->experts) o->has |= HAS_EXPERTS;
+    if (o->ff_shared) o->has |= HAS_SHARED;
+    if (mk_feature(o, o->without, 0) || mk_feature(o, o->with, 1)) return -1;
+    if (!o->heads || o->embd > 1 << 20 || o->layers > 1 << 12)
+        return mk_complain("impossible shape", o->arch->name);
     return 0;
 }
 
 static uint64_t mk_dim(const mk_options *o, int dim) {
-    uint64_t len[DIM_COUNT] = {0,
-                               o->embd,
-                               o->ff,
-                               o->heads * o->hd,
-                               o->kv * o->hd,
-                               o->hd,
-                               o->hd / 2,
-                               o->vocab};
+    const uint64_t len[DIM_COUNT] = {
+        [DIM_EMBD] = o->embd,
+        [DIM_FF] = o->ff,
+        [DIM_Q] = o->heads * o->hd,
+        [DIM_KV] = o->kv * o->hd,
+        [DIM_HEAD] = o->hd,
+        [DIM_FREQS] = o->rot / 2,
+        [DIM_VOCAB] = o->vocab,
+        [DIM_CTX] = o->ctx,
+        [DIM_QKV] = (o->heads + 2 * o->kv) * o->hd,
+        [DIM_FUSED_UP] = 2 * o->ff,
+        [DIM_HEADS] = o->heads,
+        [DIM_KV_HEADS] = o->kv,
+        [DIM_EXPERTS] = o->experts,
+        [DIM_FF_EXP] = o->ff_exp,
+        [DIM_FF_SHARED] = o->ff_shared,
+        [DIM_TAPS] = o->taps,
+        [DIM_CONV_IN] = 3 * o->embd,
+        [DIM_LATENT] = o->lora,
+        [DIM_LATENT_IN] = o->lora + o->rot,
+        [DIM_LATENT_KV] = o->heads * (o->hd - o->rot + o->vd),
+        [DIM_NOPE] = o->hd - o->rot,
+        [DIM_VALUE] = o->vd,
+        [DIM_ATTN_OUT] = o->heads * o->vd,
+    };
     return len[dim];
 }
 
@@ -398,7 +637,7 @@ static const char *mk_override(mk_options *o, const char *prefix, const char *na
     int n = snprintf(want, sizeof want, "%s%s%s=", prefix, name, suffix);
     for (size_t i = 0; i < o->n_overrides; i++) {
         if (strncmp(o->overrides[i], want, (size_t)n) != 0) continue;
-        o->used[i] = 1;
+        o->taken[i] = 1;
         return o->overrides[i] + n;
     }
     return NULL;
@@ -657,38 +896,98 @@ static const char *mk_arch_key(const mk_options *o, const char *suffix) {
     return key;
 }
 
-static void mk_metadata(mk_meta *m) {
+/* Convolution layers have no key heads, so with them the key holds an array. */
+static void mk_kv_heads(mk_meta *m) {
     mk_options *o = m->o;
+    mk_buf list = {0};
+    const char *key = mk_arch_key(o, "attention.head_count_kv");
+    if (!o->conv) {
+        mk_kv_u32(m, key, o->has & HAS_LATENT_HEADS ? 1 : o->kv);
+        return;
+    }
+    for (uint64_t i = 0; i < o->layers; i++) mk_int(&list, i < 64 && o->conv >> i & 1 ? 0 : o->kv, 4);
+    mk_kv_array(m, key, V_I32, o->layers, &list);
+    free(list.data);
+}
+
+/* The keys of the architecture's row. */
+static void mk_arch_keys(mk_meta *m) {
+    char word[96];
+    const char *words = m->o->arch->keys;
+    for (size_t n; *words; words += n + (words[n] != 0)) {
+        n = strcspn(words, " ");
+        snprintf(word, sizeof word, "%.*s", (int)n, words);
+        char *value = strchr(word, '=');
+        *value = 0;
+        mk_kv(m, mk_arch_key(m->o, word), value + 1);
+    }
+}
+
+static void mk_rope_keys(mk_meta *m) {
+    mk_options *o = m->o;
+    if (o->has & HAS_POSITIONS) return;
+    mk_kv_text(m, mk_arch_key(o, "rope.freq_base"), V_F32, o->rope_base);
+    if (o->rope_scaling || strcmp(o->rope_type, "linear") != 0)
+        mk_kv_text(m, mk_arch_key(o, "rope.scaling.type"), V_STR, o->rope_type);
+    if (o->rope_scaling)
+        mk_kv_text(m, mk_arch_key(o, "rope.scaling.factor"), V_F32, o->rope_scaling);
+    if (o->rope_orig) mk_kv_u32(m, mk_arch_key(o, "rope.scaling.original_context_length"), o->rope_orig);
+    if (o->rope_attn) mk_kv_text(m, mk_arch_key(o, "rope.scaling.attn_factor"), V_F32, o->rope_attn);
+}
+
+static void mk_numbers(mk_meta *m) {
+    mk_options *o = m->o;
+    int latent_heads = (o->has & HAS_LATENT_HEADS) != 0;
     const struct {
         const char *key;
-        uint64_t value;
+        uint64_t value, need; /* bits of o->has */
     } numbers[] = {
-        {"block_count", o->layers},           {"context_length", o->ctx},
-        {"embedding_length", o->embd},        {"feed_forward_length", o->ff},
-        {"attention.head_count", o->heads},   {"attention.head_count_kv", o->kv},
-        {"attention.key_length", o->hd},      {"attention.value_length", o->hd},
-        {"rope.dimension_count", o->hd},      {"vocab_size", o->vocab},
+        {"block_count", o->layers, 0},
+        {"context_length", o->ctx, 0},
+        {"embedding_length", o->embd, 0},
+        {"feed_forward_length", o->ff, 0},
+        {"attention.head_count", o->heads, 0},
+        {NULL, 0, 0}, /* attention.head_count_kv */
+        {"attention.key_length", latent_heads ? o->lora + o->rot : o->hd, 0},
+        {"attention.value_length", latent_heads ? o->lora : o->vd, 0},
+        {"rope.dimension_count", o->rot, 0},
+        {"vocab_size", o->vocab, 0},
+        {"attention.key_length_mla", o->hd, HAS_LATENT_HEADS},
+        {"attention.value_length_mla", o->vd, HAS_LATENT_HEADS},
+        {"attention.kv_lora_rank", o->lora, o->lora ? 0 : MK_BIT(63)},
+        {"expert_count", o->experts, HAS_EXPERTS},
+        {"expert_used_count", o->used, HAS_EXPERTS},
+        {"expert_feed_forward_length", o->ff_exp, HAS_EXPERTS | IS_FF_EXP},
+        {"expert_shared_feed_forward_length", o->ff_shared, HAS_SHARED},
+        {"leading_dense_block_count", o->dense, o->dense ? 0 : MK_BIT(63)},
+        {"shortconv.l_cache", o->taps, o->conv ? 0 : MK_BIT(63)},
     };
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        if ((numbers[i].need & o->has) != numbers[i].need) continue;
+        if (numbers[i].key) mk_kv_u32(m, mk_arch_key(o, numbers[i].key), numbers[i].value);
+        else mk_kv_heads(m);
+    }
+}
+
+static void mk_metadata(mk_meta *m) {
+    mk_options *o = m->o;
     mk_kv_text(m, "general.architecture", V_STR, o->arch_name);
     mk_kv(m, "general.name", "str:random");
     mk_kv_u32(m, "general.file_type", o->format->ftype);
     mk_kv(m, "general.quantization_version", "u32:2");
     if (o->alignment != MK_AUTO) mk_kv_u32(m, "general.alignment", o->alignment);
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
-        mk_kv_u32(m, mk_arch_key(o, numbers[i].key), numbers[i].value);
-    mk_kv(m, mk_arch_key(o, "attention.layer_norm_rms_epsilon"), "f32:1e-5");
-    mk_kv_text(m, mk_arch_key(o, "rope.freq_base"), V_F32, o->rope_base);
-    if (o->rope_scaling) {
-        mk_kv(m, mk_arch_key(o, "rope.scaling.type"), "str:linear");
-        mk_kv_text(m, mk_arch_key(o, "rope.scaling.factor"), V_F32, o->rope_scaling);
-    }
+    mk_numbers(m);
+    mk_kv(m, mk_arch_key(o, o->has & IS_LAYERNORM ? "attention.layer_norm_epsilon" : "attention.layer_norm_rms_epsilon"),
+          "f32:1e-5");
+    mk_rope_keys(m);
+    mk_arch_keys(m);
     if (strcmp(o->tokenizer, "bpe") == 0) mk_vocab_bpe(m);
     else mk_vocab_spm(m);
     for (size_t i = 0; i < o->n_overrides; i++) {
         const char *key = o->overrides[i] + 3;
         size_t n = strcspn(key, "=");
-        if (o->used[i] || strncmp(key - 3, "kv:", 3) != 0) continue;
-        o->used[i] = 1;
+        if (o->taken[i] || strncmp(key - 3, "kv:", 3) != 0) continue;
+        o->taken[i] = 1;
         mk_str(&m->out, key, n);
         mk_value(&m->out, key + n + 1);
         m->count++;
@@ -701,7 +1000,7 @@ typedef struct {
     char name[128];
     const struct mk_row *row;
     const mk_format *format;
-    uint64_t dim[2]; /* dim[1] is 1 for a vector */
+    uint64_t dim[3]; /* dim[1] and dim[2] are 1 where the row has none */
     uint64_t offset, bytes;
 } mk_tensor;
 
@@ -723,23 +1022,28 @@ static int mk_add_tensor(mk_options *o, mk_tensors *ts, const struct mk_row *row
     const char *format = mk_override(o, "tensor:", t->name, ":format");
     t->row = row;
     t->format = row->kind == KIND_MATRIX ? o->format : &mk_formats[0];
+    if (!format && o->exps_format && strstr(t->name, "_exps.weight")) format = o->exps_format;
     if (format && !(t->format = mk_find_format(format)))
         return mk_complain("unknown format", format);
-    t->dim[0] = mk_dim(o, row->dim[0]);
-    t->dim[1] = row->dim[1] ? mk_dim(o, row->dim[1]) : 1;
+    for (int d = 0; d < 3; d++) t->dim[d] = row->dim[d] ? mk_dim(o, row->dim[d]) : 1;
     if (t->dim[0] % t->format->elements)
         return mk_complain("rows do not divide into blocks", t->name);
-    t->bytes = t->dim[0] / t->format->elements * t->format->bytes * t->dim[1];
+    t->bytes = t->dim[0] / t->format->elements * t->format->bytes * t->dim[1] * t->dim[2];
     t->offset = ts->data_bytes;
     ts->data_bytes += (t->bytes + ts->alignment - 1) / ts->alignment * ts->alignment;
     ts->n++;
     return 0;
 }
 
+/* The bits of one layer (or of what stands outside of layers, where all rows need none of them). */
+static uint64_t mk_layer_has(const mk_options *o, uint64_t layer) {
+    uint64_t ffn = o->experts && layer >= o->dense ? ON_EXPERTS : ON_DENSE;
+    return o->has | ffn | (layer < 64 && o->conv >> layer & 1 ? ON_CONV : ON_ATTENTION);
+}
+
 /* Rows that share the "blk." prefix are written layer by layer. */
 static int mk_list_tensors(mk_options *o, mk_tensors *ts) {
     size_t n_rows = sizeof mk_rows / sizeof *mk_rows;
-    unsigned has = o->arch->has | (o->tied ? 0 : HAS_OUTPUT) | (o->freq_factors ? HAS_FREQS : 0);
     ts->list = calloc(n_rows * (o->layers + 1), sizeof *ts->list);
     if (!ts->list) return mk_complain("out of memory", "tensors");
     if (o->vocab_only) return 0;
@@ -750,7 +1054,7 @@ static int mk_list_tensors(mk_options *o, mk_tensors *ts) {
         if (end == r) end = r + 1;
         for (uint64_t layer = 0; layer < repeat; layer++)
             for (size_t i = r; i < end; i++)
-                if ((mk_rows[i].need & has) == mk_rows[i].need &&
+                if (!(mk_rows[i].need & ~mk_layer_has(o, layer)) &&
                     mk_add_tensor(o, ts, &mk_rows[i], (int)layer))
                     return -1;
         r = end - 1;
@@ -766,7 +1070,7 @@ static uint64_t mk_field(mk_options *o, const mk_tensor *t, const char *field, u
 static void mk_tensor_header(mk_options *o, mk_buf *b, const mk_tensor *t) {
     const char *name = mk_override(o, "tensor:", t->name, ":name");
     const char *dims = mk_override(o, "tensor:", t->name, ":dims");
-    uint64_t n_dims = t->row->dim[1] ? 2 : 1;
+    uint64_t n_dims = t->row->dim[2] ? 3 : t->row->dim[1] ? 2 : 1;
     mk_buf list = {0};
     if (!dims) {
         for (uint64_t i = 0; i < n_dims; i++) mk_int(&list, t->dim[i], 8);
@@ -785,20 +1089,22 @@ static void mk_tensor_header(mk_options *o, mk_buf *b, const mk_tensor *t) {
     free(list.data);
 }
 
-/* Norms lie within a quarter of 1, biases within half of 0, frequency factors go from 1 to 8. */
+/* Norms lie within a quarter of 1, biases within half of 0 or their range, frequency factors go
+ * up from 1. */
 static float mk_vector_value(uint64_t *rng, const mk_tensor *t, uint64_t i) {
     int32_t r = (int32_t)(mk_random(rng) >> 43) - (1 << 20);
     if (t->row->kind == KIND_NORM) return mk_fixed22((1 << 22) + r);
-    if (t->row->kind == KIND_BIAS) return mk_fixed22(2 * r);
+    int gain4 = t->row->gain4;
+    if (t->row->kind == KIND_BIAS) return mk_fixed22(gain4 ? gain4 / 2 * r : 2 * r);
     uint64_t last = t->dim[0] > 1 ? t->dim[0] - 1 : 1;
-    return mk_fixed22((int32_t)(65536 + 7 * 65536 * i / last)) * 64.0f;
+    return mk_fixed22((int32_t)(65536 + (uint64_t)gain4 * 16384 * i / last)) * 64.0f;
 }
 
 static void mk_tensor_row(uint64_t *rng, const mk_tensor *t, uint8_t *out) {
     const mk_format *f = t->format;
     int64_t std28 = (int64_t)mk_isqrt((1ull << 56) / t->dim[0]) * t->row->gain4 / 4;
     for (uint64_t i = 0; i < t->dim[0] / f->elements; i++, out += f->bytes) {
-        if (t->row->kind == KIND_MATRIX) f->fill(rng, out, std28);
+        if (t->row->kind <= KIND_SMALL) f->fill(rng, out, std28);
         else mk_put(out, mk_float_bits(mk_vector_value(rng, t, i)), 4);
     }
 }
@@ -827,13 +1133,13 @@ static void mk_emit_data(mk_out *out, const mk_options *o, const mk_tensors *ts)
     for (size_t i = 0; i < ts->n; i++) {
         const mk_tensor *t = &ts->list[i];
         uint64_t rng = mk_seed(t->name, o->seed);
-        uint64_t row_bytes = t->bytes / (t->dim[1] ? t->dim[1] : 1);
+        uint64_t n_rows = t->dim[1] * t->dim[2], row_bytes = t->bytes / (n_rows ? n_rows : 1);
         uint8_t *row = malloc((size_t)row_bytes + 1);
         if (!row) {
             out->failed = 1;
             return;
         }
-        for (uint64_t r = 0; r < t->dim[1] && out->room; r++) {
+        for (uint64_t r = 0; r < n_rows && out->room; r++) {
             mk_tensor_row(&rng, t, row);
             mk_emit(out, row, row_bytes);
         }
@@ -875,7 +1181,7 @@ static int mk_build(mk_options *o, const char *path) {
         for (size_t i = 0; i < ts.n; i++) mk_tensor_header(o, &head, &ts.list[i]);
         failed = mk_emit_file(o, path, &head, &ts);
         for (size_t i = 0; i < o->n_overrides && !failed; i++)
-            if (!o->used[i]) failed = mk_complain("names nothing in this model", o->overrides[i]);
+            if (!o->taken[i]) failed = mk_complain("names nothing in this model", o->overrides[i]);
     }
     free(ts.list), free(meta.out.data), free(head.data);
     return failed;
@@ -887,16 +1193,17 @@ static int mkmodel_write(int n_args, const char **args) {
     int failed = -1;
     if (n_args < 3) return mk_complain("usage", "mkmodel ARCH FORMAT OUT.gguf [KEY=VALUE ...]");
     o.overrides = calloc((size_t)n_args, sizeof *o.overrides);
-    o.used = calloc((size_t)n_args, 1);
-    if (!o.overrides || !o.used) {
+    o.taken = calloc((size_t)n_args, 1);
+    if (!o.overrides || !o.taken) {
         mk_complain("out of memory", "arguments");
     } else if ((failed = mk_defaults(&o, args[0], args[1])) == 0) {
         for (int i = 3; i < n_args && !failed; i++) failed = mk_set(&o, args[i]);
         uint64_t least = strcmp(o.tokenizer, "bpe") == 0 ? N_BPE_FIXED + N_BPE_SPECIAL : 3;
+        if (!failed) failed = mk_resolve(&o);
         if (!failed && o.vocab < least) failed = mk_complain("vocab is too small", args[2]);
         if (!failed) failed = mk_build(&o, args[2]);
     }
-    free(o.overrides), free(o.used);
+    free(o.overrides), free(o.taken);
     return failed;
 }
 

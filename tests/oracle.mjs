@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Regenerates tests/expected/logprobs.jsonl: what llama.cpp thinks of 64 tokens in each model.
 //
-//   node tests/oracle.mjs NODE_DIR MKMODEL SHARED > tests/expected/logprobs.jsonl
+//   node tests/oracle.mjs NODE_DIR MKMODEL SHARED [NAME-PART] > tests/expected/logprobs.jsonl
 //
+// With NAME-PART only the lines of models whose names hold it are written.
 // NODE_DIR is a directory where `npm install node-llama-cpp` was run (the package brings a built
 // llama.cpp), MKMODEL the compiled tests/mkmodel.c, SHARED the directory with models/ and
 // testdata/models/.  The KV cache is F32, to compare with `lorch score --kv-type f32`.
@@ -57,6 +58,56 @@ const MADE = {
     "mk-llama-iq4_nl.gguf": ["llama iq4_nl seed=23", 0.15],
     "mk-llama-iq4_xs.gguf": ["llama iq4_xs seed=24", 0.3],
     "mk-llama-mxfp4.gguf": ["llama mxfp4 seed=25", 0.15],
+    // Each other family in F32: its own tensors and keys, and the forms in which it comes.
+    "mk-llama-experts.gguf": ["llama f32 experts=6 used=2 ff=72 seed=30", 2e-3],
+    "mk-llama-biases.gguf": ["llama f32 with=qkv_bias,out_bias,ffn_bias seed=31", 2e-3],
+    "mk-llama-yarn.gguf": ["llama f32 rope_type=yarn rope_scaling=4 rope_orig=32 rope_attn=1.1 seed=32", 2e-3],
+    "mk-llama-longrope.gguf": ["llama f32 with=longrope rope_type=longrope rope_orig=32 seed=33", 2e-3],
+    "mk-qwen2-yarn.gguf": ["qwen2 f32 hd=24 rope_type=yarn rope_scaling=4 rope_orig=32 seed=34", 2e-3],
+    "mk-qwen3-yarn.gguf": ["qwen3 f32 rope_type=yarn rope_scaling=8 rope_orig=24 seed=35", 2e-3],
+    "mk-qwen2moe-f32.gguf": ["qwen2moe f32 seed=36", 2e-3],
+    "mk-qwen3moe-f32.gguf": ["qwen3moe f32 seed=37", 2e-3],
+    "mk-gemma2-f32.gguf": ["gemma2 f32 heads=5 kv=1 seed=38", 2e-3],
+    "mk-gemma3-f32.gguf": ["gemma3 f32 rope_base=1000000 rope_scaling=8 tied=1 seed=39", 2e-3],
+    "mk-gemma3-full.gguf": ["gemma3 f32 layers=3 kv:gemma3.attention.sliding_window=none " +
+        "kv:gemma3.final_logit_softcapping=f32:4 seed=40", 2e-3],
+    "mk-phi3-f32.gguf": ["phi3 f32 rot=18 kv=4 seed=41", 2e-3],
+    "mk-phi3-long.gguf": ["phi3 f32 with=longrope rope_type=longrope rope_orig=32 rope_attn=1.2 seed=42", 2e-3],
+    "mk-phi3-short.gguf": ["phi3 f32 with=longrope rope_type=longrope rope_orig=512 rope_attn=1.2 seed=43", 2e-3],
+    "mk-gpt2-f32.gguf": ["gpt2 f32 seed=44", 2e-3],
+    "mk-gpt2-tied.gguf": ["gpt2 f32 tied=1 heads=6 kv=6 seed=45", 2e-3],
+    "mk-gpt-oss-f32.gguf": ["gpt-oss f32 rope_type=yarn rope_scaling=8 rope_orig=32 rope_base=150000 seed=46", 2e-3],
+    "mk-smollm3-f32.gguf": ["smollm3 f32 seed=47", 2e-3],
+    "mk-olmo2-f32.gguf": ["olmo2 f32 kv=4 seed=48", 2e-3],
+    "mk-olmo3-f32.gguf": ["olmo2 f32 layers=5 kv:olmo2.attention.sliding_window=u32:20 rope_type=yarn " +
+        "rope_scaling=4 rope_orig=32 seed=49", 2e-3],
+    "mk-olmoe-f32.gguf": ["olmoe f32 seed=50", 2e-3],
+    "mk-granite-f32.gguf": ["granite f32 seed=51", 2e-3],
+    "mk-granitemoe-f32.gguf": ["granitemoe f32 tied=1 seed=52", 2e-3],
+    "mk-granitemoe-shared.gguf": ["granitemoe f32 ff_shared=104 seed=53", 2e-3],
+    "mk-starcoder2-f32.gguf": ["starcoder2 f32 seed=54", 2e-3],
+    "mk-stablelm-f32.gguf": ["stablelm f32 with=qkv_bias seed=55", 2e-3],
+    "mk-stablelm-parallel.gguf": ["stablelm f32 without=ffn_norm with=qk_norm_each rot=6 seed=56", 2e-3],
+    "mk-command-r-f32.gguf": ["command-r f32 seed=57", 2e-3],
+    "mk-command-r-norms.gguf": ["command-r f32 layers=64 embd=48 ff=64 with=qk_norm_each seed=58", 2e-3],
+    "mk-cohere2-f32.gguf": ["cohere2 f32 seed=59", 2e-3],
+    "mk-exaone4-f32.gguf": ["exaone4 f32 freq_factors=1 seed=60", 2e-3],
+    "mk-exaone4-window.gguf": ["exaone4 f32 layers=64 embd=48 ff=64 " +
+        "kv:exaone4.attention.sliding_window=u32:20 seed=61", 2e-3],
+    "mk-ernie4_5-f32.gguf": ["ernie4_5 f32 tied=1 heads=6 hd=32 seed=62", 2e-3],
+    "mk-glm4-f32.gguf": ["glm4 f32 seed=63", 2e-3],
+    "mk-lfm2-f32.gguf": ["lfm2 f32 tied=1 seed=64", 2e-3],
+    "mk-lfm2moe-f32.gguf": ["lfm2moe f32 seed=65", 2e-3],
+    "mk-deepseek2-f32.gguf": ["deepseek2 f32 rope_type=yarn rope_scaling=4 rope_orig=32 " +
+        "kv:deepseek2.rope.scaling.yarn_log_multiplier=f32:0.0707 seed=66", 2e-3],
+    "mk-deepseek2-heads.gguf": ["deepseek2 f32 layers=26 without=latent with=latent_heads,choice_bias " +
+        "kv:deepseek2.expert_weights_norm=bool:1 kv:deepseek2.expert_gating_func=u32:2 seed=67", 2e-3],
+    // Quantised, with experts too.
+    "mk-gpt-oss-mxfp4.gguf": ["gpt-oss q8_0 exps_format=mxfp4 seed=70", 0.3],
+    "mk-qwen3moe-q4_k.gguf": ["qwen3moe q4_k seed=71", 0.3],
+    "mk-gemma3-q8_0.gguf": ["gemma3 q8_0 seed=72", 0.15],
+    "mk-phi3-q4_k.gguf": ["phi3 q4_k seed=73", 0.3],
+    "mk-lfm2-q4_0.gguf": ["lfm2 q4_0 seed=74", 0.3],
 };
 
 // tier, directory below SHARED, text, does the text hold control tokens, files with tolerances
@@ -71,7 +122,7 @@ const KEPT = [
         "tiny-mixed-quants-llama.gguf": 2e-3, "tiny-mixed-quants-llama-qkvbias.gguf": 2e-3}],
 ];
 
-const [nodeDir, mkmodel, shared] = process.argv.slice(2);
+const [nodeDir, mkmodel, shared, part = ""] = process.argv.slice(2);
 const packageDir = resolve(nodeDir, "node_modules/node-llama-cpp");
 const {getLlama, LlamaLogLevel} = await import(pathToFileURL(join(packageDir, "dist/index.js")));
 const llama = await getLlama({gpu: false, logLevel: LlamaLogLevel.error, build: "never",
@@ -102,6 +153,7 @@ async function topOfEach(model, ids) {
 }
 
 async function line(file, head, chooseIds) {
+    if (!head.model.includes(part)) return;
     const model = await llama.loadModel({modelPath: file});
     const ids = chooseIds(model);
     const top = await topOfEach(model, ids);
@@ -116,6 +168,7 @@ for (const [tier, dir, text, special, files] of KEPT)
 
 const work = mkdtempSync(join(tmpdir(), "lorch-oracle-"));
 for (const [name, [make, tolerance]] of Object.entries(MADE)) {
+    if (!name.includes(part)) continue;
     const [arch, format, ...rest] = make.split(" ");
     const file = join(work, name);
     execFileSync(mkmodel, [arch, format, file, ...rest]);
