@@ -4541,6 +4541,10 @@ typedef struct { /* what a file lacks is NULL or absent */
     float *gates_bias, *ups_bias, *downs_bias; /* [n_expert][n_ff_exp] x2, [n_expert][n_embd] */
     model_matrix q, k, v, o;                 /* [n_head*head_dim][n_embd], [n_head_kv*head_dim][n_embd] x2, [n_embd][n_head*head_dim] */
     model_matrix conv_in;                    /* [3*n_embd][n_embd]; then o is [n_embd][n_embd] */
+    float *q_a_norm, *kv_a_norm;             /* [n_q_rank], [n_latent] of latent attention */
+    model_matrix q_a, q_b;                   /* [n_q_rank][n_embd], [n_head*k_len][n_q_rank]: or q alone, [n_head*k_len][n_embd] */
+    model_matrix kv_a, kv_b;                 /* [n_latent+n_rot][n_embd], [n_head*(k_len-n_rot+v_len)][n_latent] */
+    model_matrix k_heads, v_heads;           /* instead of kv_b: [n_head][n_latent][k_len-n_rot], [n_head][v_len][n_latent] */
     model_matrix gate, up, down;             /* [n_ff][n_embd] x2, [n_embd][n_ff]: the feed-forward layer, or the shared expert */
     model_matrix route, share;               /* [n_expert][n_embd]; [1][n_embd] the shared expert's gate */
     model_matrix gates, ups, downs;          /* [n_expert][n_ff_exp][n_embd] x2, [n_expert][n_embd][n_ff_exp] */
@@ -4576,7 +4580,9 @@ enum model_group {
     T_EMBD_NORM = 1 << 25,  /* the final norm goes by the name of the embedding's */
     T_OUTPUT = 1 << 26,     /* absent: the embedding serves */
     T_FACTORS = 1 << 27,    /* of frequencies, llama3's or longrope's */
-    T_GATE_BIAS = 1 << 28
+    T_GATE_BIAS = 1 << 28,
+    T_LATENT = 1 << 29,     /* latent attention (MLA) */
+    T_LATENT_MAY = 1 << 30  /* of it, one form or the other */
 };
 #define T_LAYER (T_BASE | T_OUT_NORM | T_ATTN | T_ATTN_NORM | T_FFN_NORM)
 #define T_POST_LAYER ((T_LAYER & ~(T_ATTN_NORM | T_FFN_NORM)) | T_POST_NORM) /* norms only after */
@@ -4635,6 +4641,7 @@ static const model_arch model_archs[] = {
     {"command-r", T_ONE_NORM | T_GATED, S_LAYER_NORM, MAT_SILU, 0, T_HEADS_NORM, 0, 0, 0, 0},
     {"cohere2", T_ONE_NORM | T_GATED, S_LAYER_NORM | S_ROPE_WINDOWS, MAT_SILU, 0, 0, 4, 0, 0, 0},
     {"exaone4", T_POST_LAYER | T_GATED | T_HEAD_NORM, S_HALVES | S_ROPE_WINDOWS | S_BIG_WINDOWS, MAT_SILU, 0, 0, 4, 4096, 0, 64},
+    {"deepseek2", (T_LAYER & ~T_ATTN) | T_LATENT | T_GATED, 0, MAT_SILU, T_EXPERTS | T_SHARED, T_LATENT_MAY | T_CHOICE_BIAS, 0, 0, 0, 0},
     {"ernie4_5", T_LAYER | T_GATED, 0, MAT_SILU, 0, 0, 0, 0, 0, 0},
     {"glm4", T_LAYER | T_GATE_UP | T_POST_NORM, 0, MAT_SILU, 0, 0, 0, 0, 0, 0},
     {"lfm2", T_LFM_LAYER | T_GATED, S_HALVES, MAT_SILU, 0, T_CONV, MAX_LAYERS, 0, 0, 0},
@@ -4643,7 +4650,7 @@ static const model_arch model_archs[] = {
 
 /* Families that people ask for, and what lorch lacks for them. */
 static const struct { const char *name, *lacks; } model_refused[] = {
-    {"deepseek2", "latent attention (MLA)"}, {"deepseek", "a leading dense layer beside fine-grained experts"},
+    {"deepseek", "a leading dense layer beside fine-grained experts"},
     {"llama4", "chunked attention and temperature scaling"}, {"gemma3n", "per-layer embeddings and alternating updates"},
     {"gemma4", "per-layer embeddings and shared keys and values"}, {"qwen3next", "gated delta-net layers"}, {"qwen35", "gated delta-net layers"},
     {"qwen35moe", "gated delta-net layers"}, {"qwen2vl", "rotation in sections"}, {"qwen3vl", "rotation in sections"},
@@ -4664,6 +4671,8 @@ typedef struct {
     int n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_rot;
     int n_expert, n_used, n_ff_exp, n_ff_shared; /* n_used experts are chosen for a token */
     int n_conv_layers, n_conv; /* layers with a convolution over n_conv positions */
+    int n_latent, n_q_rank, k_len, v_len; /* latent attention: ranks, and lengths of a head's query and value; else 0 */
+    int by_head;            /* latents themselves are the keys and values, by head matrices (k_heads, v_heads) */
     int n_ctx_train;        /* the file's context length */
     int n_ctx_most;         /* positions that its scaling of RoPE reaches */
     float eps, attn_scale, attn_cap, logit_cap, embd_scale, residual_scale, logit_scale, expert_scale;
@@ -4684,14 +4693,14 @@ typedef struct {
 
 enum model_dim {
     DIM_NONE, DIM_EMBD, DIM_Q, DIM_KV, DIM_HEAD, DIM_HEADS, DIM_HEADS_KV, DIM_FF, DIM_FF_EXP, DIM_FF_SHARED, DIM_EXPERT, DIM_VOCAB, DIM_ROT_HALF,
-    DIM_CTX, DIM_CONV, DIM_EMBD3, DIM_ONE
+    DIM_CTX, DIM_CONV, DIM_EMBD3, DIM_ONE, DIM_Q_RANK, DIM_LATENT, DIM_LATENT_ROT, DIM_QS, DIM_VS, DIM_KVS, DIM_NOPE, DIM_V
 };
 
 /* Matrices name the lengths of a row and then of rows; vectors of floats name theirs and have DIM_NONE for rows. */
 typedef struct {
     const char *name;       /* of a layer: what follows "blk.N." */
     unsigned group;
-    enum { MATRIX, VECTOR, EXPERTS } kind; /* a vector is converted to floats; experts have a third dimension */
+    enum { MATRIX, VECTOR, EXPERTS, HEADS } kind; /* a vector is converted to floats; experts and heads have a third dimension */
     enum model_dim in;
     struct { size_t field; enum model_dim out; } part[3]; /* rows go to these fields, in order; offset in model_layer or model */
 } model_tensor;
@@ -4722,6 +4731,16 @@ static const model_tensor model_layer_tensors[] = {
     {"shortconv.conv.weight", T_CONV, VECTOR, DIM_CONV, {{F(conv), DIM_EMBD}}},
     {"shortconv.in_proj.weight", T_CONV, M(DIM_EMBD, conv_in, DIM_EMBD3)},
     {"shortconv.out_proj.weight", T_CONV, M(DIM_EMBD, o, DIM_EMBD)},
+    {"attn_q.weight", T_LATENT_MAY, M(DIM_EMBD, q, DIM_QS)},
+    {"attn_q_a.weight", T_LATENT_MAY, M(DIM_EMBD, q_a, DIM_Q_RANK)},
+    {"attn_q_a_norm.weight", T_LATENT_MAY, W(q_a_norm, DIM_Q_RANK)},
+    {"attn_q_b.weight", T_LATENT_MAY, M(DIM_Q_RANK, q_b, DIM_QS)},
+    {"attn_kv_a_mqa.weight", T_LATENT, M(DIM_EMBD, kv_a, DIM_LATENT_ROT)},
+    {"attn_kv_a_norm.weight", T_LATENT, W(kv_a_norm, DIM_LATENT)},
+    {"attn_kv_b.weight", T_LATENT_MAY, M(DIM_LATENT, kv_b, DIM_KVS)},
+    {"attn_k_b.weight", T_LATENT_MAY, HEADS, DIM_NOPE, {{F(k_heads), DIM_LATENT}}},
+    {"attn_v_b.weight", T_LATENT_MAY, HEADS, DIM_LATENT, {{F(v_heads), DIM_V}}},
+    {"attn_output.weight", T_LATENT, M(DIM_VS, o, DIM_EMBD)},
     {"post_attention_norm.weight", T_POST_NORM, W(attn_post_norm, DIM_EMBD)},
     {"post_attention_norm.weight", T_LATE_NORM, W(ffn_norm, DIM_EMBD)},
     {"ffn_norm.weight", T_FFN_NORM, W(ffn_norm, DIM_EMBD)},
@@ -4788,6 +4807,14 @@ static int64_t model_dim_of(const model *m, enum model_dim d) {
     case DIM_CTX: return m->n_ctx_train;
     case DIM_CONV: return m->n_conv;
     case DIM_ONE: return 1;
+    case DIM_Q_RANK: return m->n_q_rank;
+    case DIM_LATENT: return m->n_latent;
+    case DIM_LATENT_ROT: return m->n_latent + m->n_rot;
+    case DIM_NOPE: return m->k_len - m->n_rot;
+    case DIM_V: return m->v_len;
+    case DIM_QS: return (int64_t)m->n_head * m->k_len;
+    case DIM_VS: return (int64_t)m->n_head * m->v_len;
+    case DIM_KVS: return (int64_t)m->n_head * (m->k_len - m->n_rot + m->v_len);
     }
     return 0;
 }
@@ -4811,7 +4838,7 @@ static float *model_vector(const quant_format *f, const char *data, int64_t rows
 /* Binds one tensor to its fields in `base`. Returns 0 with err set. */
 static int model_bind(model *m, const gguf_tensor *t, const model_tensor *want, void *base, char *err, size_t cap) {
     const quant_format *f = quant_find(t->type);
-    int64_t in = model_dim_of(m, want->in), rows = 0, experts = want->kind == EXPERTS ? m->n_expert : 1;
+    int64_t in = model_dim_of(m, want->in), rows = 0, experts = want->kind == EXPERTS ? m->n_expert : want->kind == HEADS ? m->n_head : 1;
     const char *data = t->data;
     for (int i = 0; i < 3; i++) rows += model_dim_of(m, want->part[i].out);
     int64_t fused = want->in == DIM_ONE ? 1 : rows; /* a vector of several parts lies in one row */
@@ -4838,7 +4865,7 @@ static int model_bind(model *m, const gguf_tensor *t, const model_tensor *want, 
         data += quant_row_bytes(f, n) * (size_t)part;
     }
     if (want->kind == EXPERTS) m->token_bytes += t->bytes / (uint64_t)experts * (uint64_t)m->n_used;
-    else if (want->kind == MATRIX && !(want->group & (T_BASE | T_POSITIONS))) m->token_bytes += t->bytes;
+    else if (want->kind != VECTOR && !(want->group & (T_BASE | T_POSITIONS))) m->token_bytes += t->bytes;
     return 1;
 }
 
@@ -4898,6 +4925,9 @@ static int model_bind_all(model *m, char *err, size_t cap) {
         if (y->gate.format && y->has_experts) has |= T_SHARED & may;
         if ((missing = model_missing(model_layer_tensors, N_LAYER_TENSORS, has, y)))
             return sys_fail(err, cap, "%s: tensor blk.%d.%s is missing", m->file->path, l, missing);
+        if ((has & T_LATENT) && (!(y->q.format || (y->q_a.format && y->q_a_norm && y->q_b.format)) ||
+                                 !(m->by_head ? y->k_heads.format && y->v_heads.format : y->kv_b.format != NULL)))
+            return sys_fail(err, cap, "%s: layer %d lacks tensors of latent attention", m->file->path, l);
         if (!y->q_norm != !y->k_norm || (y->ffn_norm_bias && !y->ffn_norm))
             return sys_fail(err, cap, "%s: layer %d has one norm of a pair, but not the other", m->file->path, l);
     }
@@ -4997,7 +5027,7 @@ static void model_use_context(model *m, int n_ctx) {
         double grown = m->rope_factor > 1 ? 0.1 * num_log(m->rope_factor) : 0;
         yarn = model_number(m, "rope.scaling.yarn_ext_factor", 1);
         if (yarn < 0) yarn = 1;
-        scale = (1 + grown) / (1 + grown * model_number(m, "rope.scaling.yarn_log_multiplier", 0));
+        scale = m->n_latent ? 1 : (1 + grown) / (1 + grown * model_number(m, "rope.scaling.yarn_log_multiplier", 0));
     }
     model_angles(m, m->rope_base, m->rope_factor, divisors, yarn, m->inv_freq[0]);
     m->rope_scale[0] = scale * model_number(m, "rope.scaling.attn_factor", 1);
@@ -5018,6 +5048,7 @@ static int model_scan(model *m, char *err, size_t cap) {
         uint64_t layer = 0;
         const char *rest = model_layer_name(t->name, tmp, &layer);
         if (!rest || layer >= (uint64_t)m->n_layer) continue;
+        m->by_head |= strcmp(rest, "attn_k_b.weight") == 0;
         if (strcmp(rest, "ffn_gate_inp.weight") == 0) m->layer[layer].has_experts = 1;
         if (strcmp(rest, "shortconv.conv.weight") == 0 && (m->arch->may & T_CONV)) m->layer[layer].is_conv = 1, m->n_conv_layers++;
         for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
@@ -5041,6 +5072,9 @@ static int model_read_experts(model *m, char *err, size_t cap) {
     if (model_layer_uint(m, "expert_group_count", -1, 1) > 1) return sys_fail(err, cap, "%s: experts in groups are not supported", m->file->path);
     if (gating > 3) return sys_fail(err, cap, "%s: expert_gating_func %d is not supported", m->file->path, (int)gating);
     if (gating) m->style = (m->style & ~(unsigned)(S_SIGMOID | S_CHOSEN_SOFTMAX)) | how[gating];
+    char full[96];
+    int normed = gguf_get_bool(m->file, (model_key(m, "expert_weights_norm", full), full), -1);
+    if (normed >= 0) m->style = (m->style & ~(unsigned)S_NORMED) | (normed ? S_NORMED : 0);
     m->expert_scale = (float)model_number(m, "expert_weights_scale", 1);
     if (m->expert_scale == 0) m->expert_scale = 1;
     for (int l = 0; l < m->n_layer; l++)
@@ -5079,6 +5113,10 @@ static int model_read_scales(model *m, char *err, size_t cap) {
     m->eps = (float)model_number(m, eps, 1e-5);
     m->attn_scale = (float)model_number(m, "attention.scale", 0);
     int by_share = m->n_layer == m->arch->big_layers && !(m->arch->style & S_BIG_WINDOWS);
+    if (m->n_latent) { /* the keys' logarithm of YaRN's growth is of the scores here, not of rotated vectors */
+        double grown = strcmp(m->rope_kind, "yarn") ? 0 : model_number(m, "rope.scaling.yarn_log_multiplier", 0) * num_log(m->rope_factor);
+        m->attn_scale = (float)((1 + grown) * (1 + grown) / sqrt(m->k_len));
+    }
     if (m->attn_scale == 0) m->attn_scale = 1.0f / sqrtf((float)(by_share ? m->n_embd / m->n_head : m->head_dim));
     m->embd_scale = (float)model_number(m, "embedding_scale", m->arch->style & S_SQRT_EMBD ? sqrt(m->n_embd) : 1);
     m->residual_scale = (float)model_number(m, "residual_scale", 1);
@@ -5093,6 +5131,26 @@ static int model_read_scales(model *m, char *err, size_t cap) {
     const float scales[] = {m->attn_scale, m->embd_scale, m->residual_scale, m->logit_scale, m->expert_scale, m->attn_cap + 1, m->logit_cap + 1};
     for (size_t i = 0; i < sizeof scales / sizeof *scales; i++)
         if (!(scales[i] > 0 && scales[i] < 1e9f)) return sys_fail(err, cap, "%s: a scale or cap in the keys is out of range", m->file->path);
+    return 1;
+}
+
+/* Latent attention (DeepSeek-V2, 2024): one vector of n_latent numbers stands for all heads' keys and values. Files
+ * hold either the matrix that makes these of it (kv_b), or head by head what takes queries to latents and sums of
+ * latents to values; then the cache holds the latents alone. Values are padded to the length of keys. */
+static int model_read_latent(model *m, char *err, size_t cap) {
+    int rank = (int)model_layer_uint(m, "attention.q_lora_rank", -1, 0) % (1 << 20), v = m->head_dim;
+    if (!(m->arch->has & T_LATENT)) return 1;
+    if (!model_shape(m, "attention.kv_lora_rank", 0, MAX_HEAD_DIM, &m->n_latent, err, cap) ||
+        !model_shape(m, "attention.value_length", m->head_dim, MAX_HEAD_DIM, &v, err, cap) ||
+        !model_shape(m, "attention.key_length_mla", m->head_dim, MAX_HEAD_DIM, &m->k_len, err, cap) ||
+        !model_shape(m, "attention.value_length_mla", v, MAX_HEAD_DIM, &m->v_len, err, cap))
+        return 0;
+    m->n_q_rank = rank;
+    m->head_dim = m->by_head ? m->n_latent + m->n_rot : m->k_len;
+    m->n_head_kv = m->by_head ? 1 : m->n_head;
+    if (m->n_rot >= m->k_len || m->v_len > m->head_dim || m->head_dim > MAX_HEAD_DIM)
+        return sys_fail(err, cap, "%s: latent attention with keys of %d, values of %d and %d rotated numbers is not supported", m->file->path, m->k_len,
+                        m->v_len, m->n_rot);
     return 1;
 }
 
@@ -5112,7 +5170,8 @@ static int model_read_shapes(model *m, char *err, size_t cap) {
         ok = model_shape(m, "feed_forward_length", 0, limit, &m->n_ff, err, cap);
     if (!ok) return 0;
     if (m->n_head % m->n_head_kv) return sys_fail(err, cap, "%s: %d heads cannot share %d KV heads evenly", m->file->path, m->n_head, m->n_head_kv);
-    if (v_dim != m->head_dim) return sys_fail(err, cap, "%s: keys of %d and values of %d numbers: different sizes are not supported", m->file->path, m->head_dim, v_dim);
+    if (!model_read_latent(m, err, cap)) return 0;
+    if (v_dim != m->head_dim && !m->n_latent) return sys_fail(err, cap, "%s: keys of %d and values of %d numbers: different sizes are not supported", m->file->path, m->head_dim, v_dim);
     m->n_vocab = m->tok->n;
     return model_read_experts(m, err, cap) && model_read_rope(m, err, cap) && model_read_layers(m, err, cap) && model_read_scales(m, err, cap);
 }
@@ -5224,16 +5283,18 @@ typedef struct {
     int32_t *slot_token, *slot_expert; /* [max_tokens * n_used] */
     int32_t *first_slot;        /* [n_expert + 1] */
     float *sorted;              /* [max_tokens * n_used][n_embd] the experts' inputs, then their outputs */
+    float *latent;              /* [max_tokens][n_latent + n_rot] */
+    float *heads, *heads_out;   /* of latent attention: see model_run_latent */
     char *scratch;              /* [threads][scratch_bytes] of the kernels */
     size_t scratch_bytes;
     int32_t *group;             /* [max_tokens + 1] */
-    mat_act act, *expert_act;   /* expert_act [n_expert]: the part of act that lies in each expert's slots */
+    mat_act act, *expert_act;   /* expert_act [n_expert or n_head]: the part of act that lies in each one's slots */
     char *pages;                /* what all of the above lies in */
     size_t bytes;
     const model_batch *batch;   /* of the pass that runs */
     model_layer *layer;
     char *kv_layer;             /* the layer in KV block 0 */
-    mat_product *product;       /* [MODEL_PRODUCTS + 2 * n_expert] */
+    mat_product *product;       /* [MODEL_PRODUCTS + 2 * n_expert or n_head] */
     int n_products, item_rows;  /* the products' rows are shared out by item_rows */
     intptr_t next_item;         /* atomic: the first that nobody has claimed */
 } model_run;
@@ -5247,8 +5308,12 @@ static size_t model_run_layout(model_run *r, char *base) {
     size_t slots = n * (size_t)m->n_used, ff = n * (size_t)(m->n_ff > m->n_ff_shared ? m->n_ff : m->n_ff_shared), ff_exp = slots * (size_t)m->n_ff_exp;
     size_t widest = embd > q ? embd : q, qs = m->n_conv_layers && 3 * embd > q ? 3 * embd : q, atts = m->n_conv_layers && embd > q ? embd : q;
     if (ff / n > widest) widest = ff / n;
+    size_t latent = m->n_latent ? (size_t)(m->n_latent + m->n_rot) : 0, heads = m->n_latent ? (size_t)m->n_head : 0;
+    size_t head = heads * (latent > (size_t)(m->k_len + m->v_len) ? latent : (size_t)(m->k_len + m->v_len));
+    if (head > widest) widest = head;
+    if ((size_t)m->n_q_rank > widest) widest = (size_t)m->n_q_rank;
     size_t expert_widest = embd > (size_t)m->n_ff_exp ? embd : (size_t)m->n_ff_exp, experts = (size_t)m->n_expert;
-    size_t blocks = n * ((widest + 255) / 256), expert_blocks = slots * ((expert_widest + 255) / 256);
+    size_t blocks = n * ((widest + 255) / 256 + heads), expert_blocks = slots * ((expert_widest + 255) / 256);
     if (expert_blocks > blocks) blocks = expert_blocks;
     if (ff_exp > ff) ff = ff_exp;
     size_t attention = mat_attention_scratch(m->n_head, m->n_head_kv, m->head_dim), product = mat_scratch(r->max_tokens);
@@ -5273,12 +5338,15 @@ static size_t model_run_layout(model_run *r, char *base) {
     TAKE(slot_expert, int32_t, slots);
     TAKE(first_slot, int32_t, experts + 1);
     TAKE(sorted, float, slots * embd);
+    TAKE(latent, float, n * latent);
+    TAKE(heads, float, heads ? n * (head > (size_t)m->n_q_rank ? head : (size_t)m->n_q_rank) : 0);
+    TAKE(heads_out, float, n * head);
     TAKE(scratch, char, (size_t)r->threads->n_threads * r->scratch_bytes);
     TAKE(group, int32_t, n + 1);
     TAKE(act.blocks, mat_x, blocks + n);
     TAKE(act.super, mat_x, blocks);
-    TAKE(expert_act, mat_act, experts);
-    TAKE(product, mat_product, MODEL_PRODUCTS + 2 * experts);
+    TAKE(expert_act, mat_act, experts > heads ? experts : heads);
+    TAKE(product, mat_product, MODEL_PRODUCTS + (2 * experts > heads ? 2 * experts : heads));
 #undef TAKE
     return at;
 }
@@ -5403,8 +5471,8 @@ static void model_attn_norm(void *ctx, int64_t t, int thread) {
     (void)thread;
     if (l->attn_norm) model_norm(r, r->xn + t * n, r->x + t * n, l->attn_norm, l->attn_norm_bias, n);
     else memcpy(r->xn + t * n, r->x + t * n, (size_t)n * sizeof(float));
-    const model_matrix *const w[] = {&l->q, &l->k, &l->v, &l->conv_in};
-    model_quantise(r, t, w, 4);
+    const model_matrix *const w[] = {&l->q, &l->k, &l->v, &l->conv_in, &l->q_a, &l->kv_a};
+    model_quantise(r, t, w, 6);
 }
 
 /* Bias, norm and rotation of all heads of q or k. */
@@ -5672,6 +5740,135 @@ static void model_run_experts(model_run *r) {
     pool_run(r->threads, model_mix_token, r, r->batch->n);         /* y [n][n_embd] */
 }
 
+/* ---- latent attention ---- */
+
+/* The norm of the queries' latent vectors, in place, in `heads`. */
+static void model_latent_query(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    int n = r->m->n_q_rank;
+    const model_matrix *const w[] = {&r->layer->q_b};
+    (void)thread;
+    model_norm(r, r->heads + t * n, r->heads + t * n, r->layer->q_a_norm, NULL, n);
+    model_quantise(r, t, w, 1);
+}
+
+/* Turns the last n_rot numbers of each query (in heads_out) and of the latent vector; norms the rest of that. Where
+ * heads have matrices, what is left of the queries goes to `heads`, [n_head][n][k_len - n_rot], as these' input. */
+static void model_latent_token(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    const model *m = r->m;
+    const float *turn = r->cos_sin + t * m->n_rot;
+    float *q = r->heads_out + t * m->n_head * m->k_len, *c = r->latent + t * (m->n_latent + m->n_rot);
+    int nope = m->k_len - m->n_rot, n = r->batch->n;
+    (void)thread;
+    model_norm(r, c, c, r->layer->kv_a_norm, NULL, m->n_latent);
+    r->k->rope(c + m->n_latent, turn, m->n_rot, (m->style & S_HALVES) != 0);
+    for (int h = 0; h < m->n_head; h++, q += m->k_len) {
+        r->k->rope(q + nope, turn, m->n_rot, (m->style & S_HALVES) != 0);
+        if (!m->by_head) continue;
+        memcpy(r->heads + ((int64_t)h * n + t) * nope, q, (size_t)nope * sizeof *q);
+        memcpy(r->q + (t * m->n_head + h) * m->head_dim + m->n_latent, q + nope, (size_t)m->n_rot * sizeof *q);
+        r->k->quantise(&r->expert_act[h], 1u << r->layer->k_heads.format->kind, (int)t);
+    }
+    if (m->by_head) return;
+    memcpy(r->q + t * m->n_head * m->k_len, r->heads_out + t * m->n_head * m->k_len, (size_t)(m->n_head * m->k_len) * sizeof *q);
+    memcpy(r->att + t * m->n_latent, c, (size_t)m->n_latent * sizeof *c); /* in rows of n_latent: the input of kv_b */
+    const model_matrix *const w[] = {&r->layer->kv_b};
+    model_quantise(r, t, w, 1);
+}
+
+/* Keys and values of the token into the cache. By head matrices (outputs in heads_out, [n_head][n][n_latent]) queries
+ * become complete too. */
+static void model_latent_store(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    const model *m = r->m;
+    const float *c = r->latent + t * (m->n_latent + m->n_rot);
+    float k[MAX_HEAD_DIM], v[MAX_HEAD_DIM] = {0};
+    int pos = r->batch->pos[t], nope = m->k_len - m->n_rot, n = r->batch->n;
+    char *block = model_kv_at(r, t, pos);
+    (void)thread;
+    memcpy(k, c, (size_t)(m->by_head ? m->head_dim : m->n_latent) * sizeof *k), memcpy(v, c, (size_t)(m->by_head ? m->n_latent : 0) * sizeof *v);
+    for (int h = 0; m->by_head && h < m->n_head; h++)
+        memcpy(r->q + (t * m->n_head + h) * m->head_dim, r->heads_out + ((int64_t)h * n + t) * m->n_latent, (size_t)m->n_latent * sizeof *k);
+    for (int h = 0; h < m->n_head_kv; h++) {
+        const float *kv = r->heads + (t * m->n_head + h) * (nope + m->v_len);
+        if (!m->by_head) {
+            memcpy(k, kv, (size_t)nope * sizeof *k), memcpy(k + nope, c + m->n_latent, (size_t)m->n_rot * sizeof *k);
+            memcpy(v, kv + nope, (size_t)m->v_len * sizeof *v);
+        }
+        r->k->store(block + (size_t)h * r->kv->layout.head_bytes, k, v, pos % KV_BLOCK, m->head_dim, r->kv->layout.kv);
+    }
+}
+
+/* Takes attention's padded output to heads: [n_head][n][n_latent] as the input of the heads' matrices, or
+ * [n][n_head * v_len]. */
+static void model_latent_unpad(void *ctx, int64_t t, int thread) {
+    model_run *r = ctx;
+    const model *m = r->m;
+    (void)thread;
+    for (int h = 0; h < m->n_head; h++) {
+        const float *from = r->att + (t * m->n_head + h) * m->head_dim;
+        if (m->by_head) {
+            memcpy(r->heads + ((int64_t)h * r->batch->n + t) * m->n_latent, from, (size_t)m->n_latent * sizeof *from);
+            r->k->quantise(&r->expert_act[h], 1u << r->layer->v_heads.format->kind, (int)t);
+        } else memcpy(r->heads + (t * m->n_head + h) * m->v_len, from, (size_t)m->v_len * sizeof *from);
+    }
+}
+
+static void model_latent_gather(void *ctx, int64_t t, int thread) { /* heads_out [n_head][n][v_len] to heads [n][n_head * v_len] */
+    model_run *r = ctx;
+    const model *m = r->m;
+    (void)thread;
+    for (int h = 0; h < m->n_head; h++)
+        memcpy(r->heads + (t * m->n_head + h) * m->v_len, r->heads_out + ((int64_t)h * r->batch->n + t) * m->v_len, (size_t)m->v_len * sizeof(float));
+}
+
+/* The inputs x [n_head][n_tok][n] of the heads' matrices. */
+static void model_head_input(model_run *r, const float *x, int64_t n, int n_tok) {
+    int64_t blocks = (n + 255) / 256 * n_tok;
+    for (int h = 0; h < r->m->n_head; h++) {
+        mat_act a = {x + (int64_t)h * n_tok * n, r->act.blocks + h * blocks, r->act.super + h * blocks, n, n_tok};
+        r->expert_act[h] = a;
+    }
+}
+
+static void model_head_products(model_run *r, const model_matrix *w, float *out) {
+    int64_t rows = w->rows / r->m->n_head;
+    for (int h = 0; h < r->m->n_head; h++) {
+        mat_product p = {w->format, w->data + (size_t)(h * rows) * quant_row_bytes(w->format, w->n), &r->expert_act[h],
+                         out + h * rows * r->expert_act[h].n_tok, rows};
+        r->product[r->n_products++] = p;
+    }
+    model_multiply(r);
+}
+
+static void model_run_latent(model_run *r, int n) {
+    const model *m = r->m;
+    const model_layer *l = r->layer;
+    model_product(r, &l->q, r->heads_out);                         /* heads_out [n][n_head * k_len]: queries */
+    model_product(r, &l->q_a, r->heads);                           /* or heads [n][n_q_rank] */
+    model_product(r, &l->kv_a, r->latent);                         /* latent [n][n_latent + n_rot] */
+    model_multiply(r);
+    if (l->q_a.format) {
+        model_input(r, r->heads, m->n_q_rank, n);
+        pool_run(r->threads, model_latent_query, r, n);
+        model_product(r, &l->q_b, r->heads_out);
+        model_multiply(r);
+    }
+    if (m->by_head) model_head_input(r, r->heads, m->k_len - m->n_rot, n);
+    else model_input(r, r->att, m->n_latent, n);
+    pool_run(r->threads, model_latent_token, r, n);
+    if (m->by_head) model_head_products(r, &l->k_heads, r->heads_out); /* heads_out [n_head][n][n_latent] */
+    else model_product(r, &l->kv_b, r->heads), model_multiply(r);  /* heads [n][n_head][k_len - n_rot + v_len] */
+    pool_run(r->threads, model_latent_store, r, n);
+    model_attend(r);                                               /* att [n][n_head * head_dim] */
+    if (m->by_head) model_head_input(r, r->heads, m->n_latent, n);
+    pool_run(r->threads, model_latent_unpad, r, n);
+    if (!m->by_head) return;
+    model_head_products(r, &l->v_heads, r->heads_out);             /* heads_out [n_head][n][v_len] */
+    pool_run(r->threads, model_latent_gather, r, n);
+}
+
 /* ---- the layers ---- */
 
 static void model_run_attention(model_run *r, int n) {
@@ -5754,8 +5951,9 @@ static int model_forward(model_run *r, const model_batch *b) {
         model_input(r, r->xn, m->n_embd, n);
         pool_run(r->threads, model_attn_norm, r, n);               /* xn [n][n_embd] */
         if (r->layer->is_conv) model_run_conv(r, n);
-        else model_run_attention(r, n);                            /* att [n][o.n] */
-        model_input(r, r->att, r->layer->o.n, n);
+        else if (m->n_latent) model_run_latent(r, n);
+        else model_run_attention(r, n);                            /* att (latent: heads) [n][o.n] */
+        model_input(r, m->n_latent ? r->heads : r->att, r->layer->o.n, n);
         pool_run(r->threads, model_quantise_att, r, n);
         model_product(r, &r->layer->o, r->y);                      /* y [n][n_embd] */
         model_multiply(r);
