@@ -15,6 +15,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
+
+#define MKMODEL_NO_MAIN
+#include "mkmodel.c"
 
 static const char model_path[] = "tests/models/lorch-tiny-q8_0.gguf", story[] = "Once upon a time";
 static int bad, details;
@@ -343,6 +347,47 @@ static void test_memory(void) {
     lorch_free(l);
 }
 
+typedef struct { int32_t id[64]; int n; } ids_seen;
+static int see_id(const lorch_token *t, void *user) {
+    ids_seen *s = user;
+    if (s->n < 64) s->id[s->n++] = t->id;
+    return 0;
+}
+
+/* Each family: a prompt whose beginning lies in the cache, looking ahead or not, goes on as in a model just loaded. */
+static void test_families(void) {
+    static const char *const archs[] = {"llama", "qwen2moe", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt-oss", "smollm3", "olmo2", "granitemoe",
+                                        "stablelm", "cohere2", "lfm2", "lfm2moe", "deepseek2"};
+    static const char text[] = "The rest of the theme, then the other theme; the rest of the theme, then the other theme: a tale of the sea and the stars, "
+                               "the tide and the shore, told there and then, the rest of the theme";
+    char path[64], error[LORCH_ERROR_BYTES] = "";
+    snprintf(path, sizeof path, "/tmp/lorch-embed-%ld.gguf", (long)getpid());
+    for (size_t i = 0; i < sizeof archs / sizeof *archs; i++) {
+        const char *args[] = {archs[i], "q8_0", path};
+        ids_seen first = {{0}, 0}, again = {{0}, 0}, plain = {{0}, 0};
+        lorch_stats st;
+        lorch_params p = params(40, 0.8f, 11);
+        lorch_options o;
+        lorch_defaults(&o);
+        o.n_threads = 2, p.ignore_eos = 1;
+        CHECK(mkmodel_write(3, args) == 0, "%s", archs[i]);
+        lorch *l = lorch_load(path, &o, error);
+        o.no_speculate = 1, o.chunk = 7;
+        lorch *m = lorch_load(path, &o, error);
+        CHECK(l && m, "%s", error);
+        if (l && m) {
+            lorch_reason r = lorch_generate(l, NULL, text, sizeof text - 1, &p, see_id, &first, &st, error);
+            CHECK(r == LORCH_MAX_TOKENS && first.n == 40 && st.cached_tokens == 0 && st.prompt_tokens > 64, "%s: %d tokens, %s", archs[i], first.n, error);
+            lorch_generate(l, NULL, text, sizeof text - 1, &p, see_id, &again, &st, error);
+            CHECK(st.cached_tokens >= 64, "%s: %d of %d tokens cached", archs[i], st.cached_tokens, st.prompt_tokens);
+            lorch_generate(m, NULL, text, sizeof text - 1, &p, see_id, &plain, &st, error);
+            CHECK(!memcmp(&first, &again, sizeof first) && !memcmp(&first, &plain, sizeof first), "%s: other tokens", archs[i]);
+        }
+        lorch_free(l), lorch_free(m);
+    }
+    unlink(path);
+}
+
 static void test_free_running(void) {
     char error[LORCH_ERROR_BYTES] = "";
     for (int i = 0; i < 10; i++) { /* loading and freeing leaves nothing behind: the leak checker watches */
@@ -365,6 +410,7 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     {"one name twice", test_same_key},
     {"threads, chunks and context change no bit", test_options},
     {"memory figures", test_memory},
+    {"families: a cached prefix and speculation change no token", test_families},
     {"free", test_free_running},
 };
 

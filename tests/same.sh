@@ -74,6 +74,21 @@ for kv in f32 q8_0; do
     report "KV in $kv: every way gives the same bits" "$(try q4_k "$path" $kv)" "$(ways | grep -c .)"
 done
 
+# ---- the families of models ----
+
+ARCHS='qwen2 qwen2moe qwen3 qwen3moe gemma2 gemma3 phi3 gpt2 gpt-oss smollm3 olmo2 olmoe granite granitemoe starcoder2 stablelm command-r
+cohere2 exaone4 ernie4_5 glm4 lfm2 lfm2moe deepseek2'
+generated() { "$LORCH" generate "$1" -p 'the rest of the theme, the rest of the theme' -n 80 --temperature 0.6 --seed 7 --json "$2" 2>&1 | sed 's/"seed".*//'; }
+for arch in $ARCHS; do
+    path=$B/$arch.gguf
+    wanted "$arch" || continue
+    [ -s "$path" ] || "$W/mkmodel" "$arch" q8_0 "$path" >/dev/null || status=1
+    report "$arch: every way gives the same bits" "$(try "$arch" "$path" f16)" "$(ways | grep -c .)"
+    plain=$(generated "$path" --no-speculate) ahead=$(generated "$path" --ignore-eos=false)
+    case $plain in *'"ids":['[0-9]*) ;; *) plain="failed: $plain" ;; esac
+    report "$arch: speculation gives the same tokens" "$([ "$plain" = "$ahead" ] || printf '%s\nnot %s' "$ahead" "$plain")" 2
+done
+
 # ---- other builds: each format once ----
 
 builds() { # NAME COMMAND...: a program that is there
