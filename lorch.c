@@ -4645,7 +4645,7 @@ static const model_arch model_archs[] = {
     {"ernie4_5", T_LAYER | T_GATED, 0, MAT_SILU, 0, 0, 0, 0, 0, 0},
     {"glm4", T_LAYER | T_GATE_UP | T_POST_NORM, 0, MAT_SILU, 0, 0, 0, 0, 0, 0},
     {"lfm2", T_LFM_LAYER | T_GATED, S_HALVES, MAT_SILU, 0, T_CONV, MAX_LAYERS, 0, 0, 0},
-    {"lfm2moe", T_LFM_LAYER | T_GATED, S_HALVES | S_NORMED | S_SIGMOID, MAT_SILU, T_EXPERTS, T_CHOICE_BIAS | T_CONV, MAX_LAYERS, 0, 0, 0},
+    {"lfm2moe", T_LFM_LAYER | T_GATED, S_HALVES | S_NORMED | S_SIGMOID, MAT_SILU, T_EXPERTS, T_CHOICE_BIAS | T_CONV, 0, 0, 0, 0},
 };
 
 /* Families that people ask for, and what lorch lacks for them. */
@@ -4998,7 +4998,8 @@ static int model_read_rope(model *m, char *err, size_t cap) {
     if (model_layer_uint(m, "rope.dimension_sections", 0, 0)) return sys_fail(err, cap, "%s: rotation in sections (M-RoPE) is not supported", m->file->path);
     if (m->n_rot % 2 || m->n_rot > m->head_dim) return sys_fail(err, cap, "%s: rope dimension count %d does not fit a head of %d", m->file->path, m->n_rot, m->head_dim);
     double original = model_number(m, "rope.scaling.original_context_length", 0), reach = original * m->rope_factor;
-    m->n_ctx_most = reach > m->n_ctx_train && reach <= MAX_CONTEXT ? (int)reach : m->n_ctx_train;
+    int grows = !(m->arch->has & T_POSITIONS) && reach > m->n_ctx_train && reach <= MAX_CONTEXT;
+    m->n_ctx_most = grows ? (int)reach : m->n_ctx_train;
     return 1;
 }
 
@@ -5138,14 +5139,14 @@ static int model_read_scales(model *m, char *err, size_t cap) {
  * hold either the matrix that makes these of it (kv_b), or head by head what takes queries to latents and sums of
  * latents to values; then the cache holds the latents alone. Values are padded to the length of keys. */
 static int model_read_latent(model *m, char *err, size_t cap) {
-    int rank = (int)model_layer_uint(m, "attention.q_lora_rank", -1, 0) % (1 << 20), v = m->head_dim;
+    int v = m->head_dim;
     if (!(m->arch->has & T_LATENT)) return 1;
     if (!model_shape(m, "attention.kv_lora_rank", 0, MAX_HEAD_DIM, &m->n_latent, err, cap) ||
         !model_shape(m, "attention.value_length", m->head_dim, MAX_HEAD_DIM, &v, err, cap) ||
         !model_shape(m, "attention.key_length_mla", m->head_dim, MAX_HEAD_DIM, &m->k_len, err, cap) ||
-        !model_shape(m, "attention.value_length_mla", v, MAX_HEAD_DIM, &m->v_len, err, cap))
+        !model_shape(m, "attention.value_length_mla", v, MAX_HEAD_DIM, &m->v_len, err, cap) ||
+        (model_layer_uint(m, "attention.q_lora_rank", -1, 0) && !model_shape(m, "attention.q_lora_rank", 0, 1 << 20, &m->n_q_rank, err, cap)))
         return 0;
-    m->n_q_rank = rank;
     m->head_dim = m->by_head ? m->n_latent + m->n_rot : m->k_len;
     m->n_head_kv = m->by_head ? 1 : m->n_head;
     if (m->n_rot >= m->k_len || m->v_len > m->head_dim || m->head_dim > MAX_HEAD_DIM)
@@ -5171,7 +5172,8 @@ static int model_read_shapes(model *m, char *err, size_t cap) {
     if (!ok) return 0;
     if (m->n_head % m->n_head_kv) return sys_fail(err, cap, "%s: %d heads cannot share %d KV heads evenly", m->file->path, m->n_head, m->n_head_kv);
     if (!model_read_latent(m, err, cap)) return 0;
-    if (v_dim != m->head_dim && !m->n_latent) return sys_fail(err, cap, "%s: keys of %d and values of %d numbers: different sizes are not supported", m->file->path, m->head_dim, v_dim);
+    if (v_dim != m->head_dim && !m->n_latent)
+        return sys_fail(err, cap, "%s: keys of %d and values of %d numbers: different sizes are not supported", m->file->path, m->head_dim, v_dim);
     m->n_vocab = m->tok->n;
     return model_read_experts(m, err, cap) && model_read_rope(m, err, cap) && model_read_layers(m, err, cap) && model_read_scales(m, err, cap);
 }
