@@ -404,6 +404,147 @@ static void use_greedy_line(const char *line, void *context) {
     else if (!*file->only || strstr(g.model, file->only)) test_greedy(&g, file->tier);
 }
 
+/* ==== What lorch-tiny can do ================================================================= */
+
+/* The formats in which it is kept, the most exact first; those that are not in tests/models lie in the shared directory.
+ * From Q4 up they must do the tasks, and their perplexity stay within a hundredth of the first's. */
+static const struct {
+    const char *name;
+    int q4_up;
+} tiny_formats[] = {{"f16", 1},    {"bf16", 1}, {"q8_0", 1}, {"q6_k", 1},   {"q5_k_m", 1}, {"q5_1", 1},   {"q5_0", 1},
+                    {"q4_k_m", 1}, {"q4_1", 1}, {"q4_0", 1}, {"iq4_nl", 1}, {"iq4_xs", 1}, {"q3_k_m", 0}, {"q2_k", 0}};
+
+static const char *tiny_model(const char *format) {
+    char name[64];
+    snprintf(name, sizeof name, "lorch-tiny-%s.gguf", format);
+    const char *path = find_model(name, "project", "");
+    return path || !T.shared ? path : find_model(name, "shared", "");
+}
+
+/* Its answer to a question, greedily; gives an error or NULL. */
+static const char *tiny_answer(const char *model, const char *question, char *text, size_t size) {
+    static char why[300];
+    char prompt[300], stop[32] = "";
+    snprintf(prompt, sizeof prompt, "<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n", question);
+    const char *args[] = {"generate", model, "-p", prompt, "--special", "--temperature", "0", "-n", "200", "--json", NULL};
+    run_result r = run_input("", 0, args);
+    const char *wrong = run_failure(&r);
+    if (wrong) snprintf(why, sizeof why, "%.250s", wrong);
+    else {
+        json_string(json_find(r.out, "text"), text, size);
+        json_string(json_find(r.out, "stop_reason"), stop, sizeof stop);
+        if (strcmp(stop, "EOS") != 0) wrong = why, snprintf(why, sizeof why, "'%s' is not ended: %.200s", question, text);
+    }
+    run_free(&r);
+    return wrong ? why : NULL;
+}
+
+/* A story has a hero, whose name comes back, and a last sentence. */
+static const char *check_story(const char *text) {
+    static const char opening[] = "Once upon a time there was a ", named[] = " named ";
+    const char *hero = strstr(text, named);
+    size_t n = strlen(text), length, times = 0;
+    if (strncmp(text, opening, strlen(opening)) != 0 || !hero) return "the story has no beginning";
+    hero += strlen(named);
+    length = strcspn(hero, " ,.");
+    for (const char *p = hero; *p; p++) times += length && strncmp(p, hero, length) == 0;
+    if (times < 3) return "the story forgets its hero";
+    if (n < 250) return "the story is short";
+    return text[n - 1] == '.' ? NULL : "the story has no end";
+}
+
+/* One flat object: quotes in pairs, a colon in each member, braces at both ends only, and the age asked for. (The name is
+ * often another, whatever the format.) */
+static const char *check_object(const char *text, int age) {
+    char member[64];
+    size_t quotes = 0, colons = 0, commas = 0, n = strlen(text);
+    for (size_t i = 0; i < n; i++) {
+        quotes += text[i] == '"', colons += text[i] == ':', commas += text[i] == ',';
+        if ((text[i] == '{') != (i == 0) || (text[i] == '}') != (i == n - 1)) return "braces";
+    }
+    if (quotes % 2 || colons != commas + 1) return "quotes, colons or commas";
+    if (strncmp(text, "{\"name\": \"", 10) != 0) return "the name";
+    snprintf(member, sizeof member, "\"age\": %d", age);
+    return strstr(text, member) ? NULL : "the age";
+}
+
+static const char *tiny_tasks(const char *model) {
+    static const int sums[][2] = {{1, 1}, {2, 3}, {7, 5}, {9, 9}, {12, 7}, {3, 14}, {15, 5}, {6, 11}, {0, 4}, {10, 10}};
+    static const int ages[] = {7, 4, 9};
+    static char text[2000], why[2600];
+    char question[100], sum[100];
+    const char *wrong = tiny_answer(model, "Tell me a story about a fox.", text, sizeof text);
+    if (!wrong) wrong = check_story(text);
+    for (size_t i = 0; i < sizeof sums / sizeof *sums && !wrong; i++) {
+        snprintf(question, sizeof question, "What is %d + %d?", sums[i][0], sums[i][1]);
+        snprintf(sum, sizeof sum, "%d + %d = %d.", sums[i][0], sums[i][1], sums[i][0] + sums[i][1]);
+        wrong = tiny_answer(model, question, text, sizeof text);
+        if (!wrong && strcmp(text, sum) != 0) wrong = "the sum is wrong";
+    }
+    for (size_t i = 0; i < sizeof ages / sizeof *ages && !wrong; i++) {
+        snprintf(question, sizeof question, "Write JSON for a person named Omar, age %d.", ages[i]);
+        wrong = tiny_answer(model, question, text, sizeof text);
+        if (!wrong) wrong = check_object(text, ages[i]);
+    }
+    if (wrong) snprintf(why, sizeof why, "%.250s: %.2000s", wrong, text);
+    return wrong ? why : NULL;
+}
+
+/* Stories in the manner of those that it learnt, of names and things that it knows. */
+static const char *const stories[] = {
+    "Once upon a time there was a brave owl named Lily who lived near the river. Lily loved the forest and knew every path "
+    "there. One morning she found 5 green boats near the river. \"These are not mine,\" she said. She asked Ben, a quiet fox, who "
+    "had lost them. Ben counted them and smiled. \"Please keep one,\" he said, so Lily kept one and Ben had 4. The end.",
+    "Once upon a time there was a curious child named Tom who lived near the market. Tom wanted a red lamp more than anything. "
+    "At noon he heard a small voice near the cave. It was a quiet cat named Ella, and she was afraid. \"Why are you here?\" asked "
+    "Tom. \"I lost my way home,\" said Ella. Tom carried her back to the market. From then on they were good friends. The end.",
+    "Once upon a time there was a quiet fox named Omar who lived near the cave. Omar wanted a green kite more than anything. One "
+    "evening he found 9 red bells in the market. \"These are not mine,\" he said. He asked Nora, a brave owl, who had lost them. "
+    "Nora counted them and smiled. \"Please keep one,\" she said, so Omar kept one and Nora had 8. The end.",
+    "Once upon a time there was a cheerful child named Ida who lived near the forest. Ida loved the river and knew every path "
+    "there. At noon she heard a small voice in the forest. It was a brave owl named Sam, and he was lonely. \"Why are you here?\" "
+    "asked Ida. \"I lost my way home,\" said Sam. Ida carried him back to the river. Ida learned that a kind word warms a cold day.",
+};
+
+/* The geometric mean of the stories' perplexities, or NAN. */
+static double tiny_perplexity(const char *model) {
+    double sum = 0;
+    size_t n = sizeof stories / sizeof *stories;
+    for (size_t i = 0; i < n; i++) {
+        const char *args[] = {"score", model, "--top", "1", NULL};
+        score s = {0};
+        run_result r = run_input(stories[i], strlen(stories[i]), args);
+        sum += run_failure(&r) || read_score(r.out, &s) ? NAN : log(s.perplexity);
+        score_free(&s);
+        run_free(&r);
+    }
+    return exp(sum / (double)n);
+}
+
+static void test_tiny(void) {
+    double first = NAN;
+    for (size_t i = 0; i < sizeof tiny_formats / sizeof *tiny_formats; i++) {
+        char name[200];
+        const char *model = tiny_model(tiny_formats[i].name);
+        snprintf(name, sizeof name, "lorch-tiny-%s tells a story, adds and closes its JSON", tiny_formats[i].name);
+        if (model && tiny_formats[i].q4_up && wanted(name)) {
+            const char *wrong = tiny_tasks(model);
+            report(!wrong, name, "%s", wrong ? wrong : "");
+        }
+        snprintf(name, sizeof name, "lorch-tiny-%s is not surprised by fresh stories", tiny_formats[i].name);
+        if (!wanted(name) && i) continue;
+        if (!model) {
+            skip(name, "no such model");
+            continue;
+        }
+        double perplexity = tiny_perplexity(model), most = tiny_formats[i].q4_up ? 0.01 : 0.05;
+        if (i == 0) first = perplexity;
+        if (!wanted(name)) continue;
+        report(perplexity < 2 && fabs(perplexity / first - 1) < most, name, "perplexity %.4f, that of F16 %+.2f %%", perplexity,
+               100 * (perplexity / first - 1));
+    }
+}
+
 /* ==== main =================================================================================== */
 
 int main(int argc, char **argv) {
@@ -412,6 +553,7 @@ int main(int argc, char **argv) {
     begin(argc, argv);
     each_line("tests/expected/logprobs.jsonl", use_logprobs_line, NULL);
     test_hashes();
+    test_tiny();
     each_line("tests/expected/greedy.jsonl", use_greedy_line, &project);
     if (!T.shared) {
         skip("greedy text of the shared models", "LORCH_SHARED is unset");

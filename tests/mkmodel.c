@@ -537,7 +537,7 @@ static int mk_set(mk_options *o, const char *arg) {
     return mk_complain("unknown key", arg);
 }
 
-/* The numbers of an architecture's row, then those of the K formats, whose rows are longer. */
+/* Reads the numbers of an architecture's row, which are written like arguments. */
 static int mk_shape(mk_options *o, const char *words) {
     char word[64];
     for (size_t n; *words; words += n + (words[n] != 0)) {
@@ -565,7 +565,7 @@ static int mk_defaults(mk_options *o, const char *arch, const char *format) {
     if (!k_format) return 0;
     o->embd = 256, o->ff = 768, o->heads = 8;
     if (o->kv == 4) o->kv = 8;
-    if (o->lora) o->lora = 256, o->vd = 64;
+    if (o->lora) o->lora = 256, o->vd = 32;
     if (o->ff_shared) o->ff_shared = 1024;
     return 0;
 }
@@ -1026,6 +1026,8 @@ static int mk_add_tensor(mk_options *o, mk_tensors *ts, const struct mk_row *row
     if (format && !(t->format = mk_find_format(format)))
         return mk_complain("unknown format", format);
     for (int d = 0; d < 3; d++) t->dim[d] = row->dim[d] ? mk_dim(o, row->dim[d]) : 1;
+    /* Rows too short for a K format become Q8_0; quantisers choose another format too. */
+    if (!format && t->format->elements == 256 && t->dim[0] % 256) t->format = mk_find_format("q8_0");
     if (t->dim[0] % t->format->elements)
         return mk_complain("rows do not divide into blocks", t->name);
     t->bytes = t->dim[0] / t->format->elements * t->format->bytes * t->dim[1] * t->dim[2];

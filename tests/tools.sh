@@ -235,18 +235,29 @@ test_arm64() {
 }
 
 # llama.cpp's library comes with an npm package, which goes into a directory of its own outside the repository.
-test_ggml() {
-    name='the values of all formats are llama.cpp'"'"'s'
-    need "$name" npm && full "$name" || return
-    case $(uname -sm) in "Linux x86_64") arch=linux-x64 ;; "Linux aarch64") arch=linux-arm64 ;; *) skip "$name" "no package for $(uname -sm)"; return ;; esac
+peer_library() { # NAME: sets $libraries, a directory
+    need "$1" npm && full "$1" || return
+    case $(uname -sm) in "Linux x86_64") arch=linux-x64 ;; "Linux aarch64") arch=linux-arm64 ;; *) skip "$1" "no package for $(uname -sm)"; return 1 ;; esac
     npm=${LORCH_BENCH_NPM:-${TMPDIR:-/tmp}/lorch-bench-npm}
-    library=$npm/node_modules/@node-llama-cpp/$arch/bins/$arch/libggml-base.so
-    if [ ! -e "$library" ]; then
+    libraries=$npm/node_modules/@node-llama-cpp/$arch/bins/$arch
+    if [ ! -e "$libraries/libggml-base.so" ]; then
         mkdir -p "$npm" && (cd "$npm" && npm install --no-save --no-audit --no-fund "@node-llama-cpp/$arch" >npm.log 2>&1)
     fi
-    [ -e "$library" ] || { fail "$name" "npm install: $(tail -n 3 "$npm/npm.log")"; return; }
+    [ -e "$libraries/libggml-base.so" ] || { fail "$1" "npm install: $(tail -n 3 "$npm/npm.log")"; return 1; }
+}
+
+test_ggml() {
+    name='the values of all formats are llama.cpp'"'"'s'
+    peer_library "$name" || return
     out=$(cc -std=gnu99 -O1 -w tests/ggml.c -o $W/ggml -ldl -lpthread -lm 2>&1) || { fail "$name" "$out"; return; }
-    $W/ggml "$library" || status=1
+    $W/ggml "$libraries/libggml-base.so" || status=1
+}
+
+test_quality() {
+    name='quantised models are as true to their weights as llama.cpp'"'"'s'
+    peer_library "$name" || return
+    out=$(cc -std=gnu99 -O1 -w tests/quality.c -o $W/quality -ldl -lm 2>&1) || { fail "$name" "$out"; return; }
+    $W/quality "$libraries" || status=1
 }
 
 test_install() {
@@ -265,5 +276,6 @@ wanted musl && test_musl
 wanted i386 && test_i386
 wanted arm64 && test_arm64
 wanted ggml && test_ggml
+wanted quality && test_quality
 wanted install && test_install
 exit $status
