@@ -1110,8 +1110,9 @@ static double num_log(double x) { /* of a normal x > 0; log(m * 2^e) with m in [
     return e * 6.93147180369123816490e-01 + (2 * s * sum + e * 1.90821492927058770002e-10);
 }
 
-/* Sine and cosine of x >= 0: x minus a multiple of pi/2 in three parts (Cody and Waite), then Taylor. */
+/* Sine and cosine of x >= 0 (beyond 1e15, which only a broken file asks for, of 0): x minus a multiple of pi/2 in three parts (Cody and Waite), then Taylor. */
 static void num_sincos(double x, double *sine, double *cosine) {
+    if (!(x < 1e15)) x = 0;
     double k = x * 0.63661977236758134308 + 6755399441055744.0 - 6755399441055744.0;
     double r = x - k * 1.57079632673412561417e+00 - k * 6.07710050630396597660e-11 - k * 2.02226624871116645580e-21;
     double z = r * r, s = 0, c = 0;
@@ -3031,7 +3032,7 @@ LORCH_INLINE void FN(mat_turn_floats)(float *to, const mat_product *p, int64_t r
     for (; k < n; k++)
         for (int r = 0; r < LANES; r++) {
             int64_t beyond = row + r - p->n_rows + 1;
-            to[k * MAT_ROWS + r] = quant_load_float(f, w + (size_t)(beyond > 0 ? r - beyond : r) * stride, k);
+            to[k * MAT_ROWS + r] = quant_load_float(f, w + (beyond > 0 ? r - beyond : r) * (int64_t)stride, k);
         }
 }
 
