@@ -292,6 +292,81 @@ static void test_hashes(void) {
     }
 }
 
+/* ==== What the file decides ============================================================== */
+
+static const struct {
+    const char *what, *make, *args[10]; /* args: after the command's name, MODEL put second */
+    int code;
+    const char *want;                   /* in the output, or in the message */
+} file_cases[] = {
+    {"a context beyond the file's is refused", "llama f32 ctx=512", {"generate", "-p", "a", "-n", "1", "--context", "513"}, 1, "more than the 512 positions"},
+    {"a context within YaRN's reach is taken", "qwen2 f32 hd=24 ctx=512 rope_type=yarn rope_scaling=4 rope_orig=512",
+     {"generate", "-p", "a", "-n", "1", "--context", "2048"}, 0, ""},
+    {"a context beyond YaRN's reach is refused", "qwen2 f32 hd=24 ctx=512 rope_type=yarn rope_scaling=4 rope_orig=512",
+     {"generate", "-p", "a", "-n", "1", "--context", "2049"}, 1, "more than the 2048 positions"},
+    {"learned positions cannot be stretched", "gpt2 f32 ctx=64 kv:gpt2.rope.scaling.original_context_length=u32:64 kv:gpt2.rope.scaling.factor=f32:4",
+     {"generate", "-p", "a", "-n", "1", "--context", "65"}, 1, "more than the 64 positions"},
+    {"more ids than positions are refused", "gpt2 f32 ctx=4", {"score", "--ids", "5,6,7,8,9"}, 1, "more than the context of 4"},
+    {"inspect shows the file's sampling", "llama f32 kv:general.sampling.temp=f32:0.25 kv:general.sampling.top_k=i32:40", {"inspect", "--json"}, 0,
+     "\"sampling\":{\"temperature\":0.25,\"top-k\":40}"},
+    {"inspect shows experts", "qwen3moe f32", {"inspect", "--json"}, 0, "\"experts\":"},
+    {"inspect shows windows", "gemma2 f32", {"inspect", "--json"}, 0, "\"window\":"},
+    {"inspect shows convolutions", "lfm2 f32", {"inspect", "--json"}, 0, "\"convolution_layers\":"},
+    {"inspect shows how rope is scaled", "phi3 f32 with=longrope rope_type=longrope rope_orig=32", {"inspect", "--json"}, 0, "\"rope_scaling\":\"longrope\""},
+    {"rotation in sections is refused", "glm4 f32 kv:glm4.rope.dimension_sections=[i32]:2,3,3,0", {"inspect"}, 1, "rotation in sections"},
+    {"an unknown rope scaling is refused", "llama f32 rope_type=dynamic rope_scaling=2", {"inspect"}, 1, "'dynamic' is not supported"},
+    {"more experts a token than there are are refused", "qwen3moe f32 kv:qwen3moe.expert_used_count=u32:99", {"inspect"}, 1, "99 of"},
+    {"experts in groups are refused", "deepseek2 f32 kv:deepseek2.expert_group_count=u32:4", {"inspect"}, 1, "groups"},
+    {"an expert layer's missing tensor is named", "qwen2moe f32 tensor:blk.1.ffn_up_exps.weight:skip=1", {"inspect"}, 1, "blk.1.ffn_up_exps.weight is missing"},
+    {"latent attention's missing tensor is noticed", "deepseek2 f32 tensor:blk.0.attn_kv_b.weight:skip=1", {"inspect"}, 1, "layer 0 lacks tensors"},
+};
+
+static void test_file_cases(void) {
+    for (size_t i = 0; i < sizeof file_cases / sizeof *file_cases; i++) {
+        if (!wanted(file_cases[i].what)) continue;
+        const char *model = find_model("", "project", file_cases[i].make), *args[MAX_ARGS] = {file_cases[i].args[0], model};
+        for (int k = 1; k < 10 && file_cases[i].args[k]; k++) args[k + 1] = file_cases[i].args[k];
+        run_result r = run_input("", 0, args);
+        int ok = model && r.status == file_cases[i].code && (strstr(r.out, file_cases[i].want) || strstr(r.err, file_cases[i].want));
+        report(ok, file_cases[i].what, "exit status %d: %.300s %.300s", r.status, r.out, r.err);
+        run_free(&r);
+    }
+}
+
+/* Of longrope's two sets of factors the context that is asked for chooses one; nothing else does. */
+static void test_longrope(void) {
+    static const char *const ways[][5] = {{NULL}, {"--context", "64", NULL}, {"--context", "32", NULL}, {"--context", "24", NULL}};
+    const char *name = "longrope: short factors for a context within the original length, else long ones";
+    char hash[4][80] = {{0}};
+    int ids[20];
+    if (!wanted(name)) return;
+    const char *model = find_model("", "project", "phi3 f32 with=longrope rope_type=longrope rope_orig=32 rope_attn=1.2"), *wrong = model ? NULL : "no model";
+    for (int i = 0; i < 20; i++) ids[i] = 3 + i * 7919 % 388;
+    for (int i = 0; i < 4 && !wrong; i++) {
+        score s;
+        wrong = run_score(model, ids, 20, ways[i], &s);
+        snprintf(hash[i], sizeof hash[i], "%s", wrong ? "" : s.hash);
+        score_free(&s);
+    }
+    if (!wrong && (strcmp(hash[0], hash[1]) || strcmp(hash[2], hash[3]) || !strcmp(hash[0], hash[2]))) wrong = "the factors chosen are wrong";
+    report(!wrong, name, "%s %s %s %s %s", wrong ? wrong : "", hash[0], hash[1], hash[2], hash[3]);
+}
+
+/* A file that asks for temperature 0 is greedy whatever the seed, unless the command line says otherwise. */
+static void test_file_sampling(void) {
+    const char *name = "generate takes the file's temperature unless told otherwise";
+    char text[4][600];
+    if (!wanted(name)) return;
+    const char *model = find_model("", "project", "llama f32 kv:general.sampling.temp=f32:0");
+    for (int i = 0; i < 4; i++) {
+        const char *args[MAX_ARGS] = {"generate", model, "-p", "the", "-n", "24", "--seed", i % 2 ? "1" : "2", i < 2 ? NULL : "--temperature", "1.5"};
+        run_result r = run_input("", 0, args);
+        snprintf(text[i], sizeof text[i], "%.590s", run_failure(&r) ? "failed" : r.out);
+        run_free(&r);
+    }
+    report(strcmp(text[0], "failed") && !strcmp(text[0], text[1]) && strcmp(text[2], text[3]), name, "%.200s / %.200s / %.200s", text[0], text[1], text[2]);
+}
+
 /* ==== Greedy text ============================================================================ */
 
 typedef struct {
@@ -553,6 +628,9 @@ int main(int argc, char **argv) {
     begin(argc, argv);
     each_line("tests/expected/logprobs.jsonl", use_logprobs_line, NULL);
     test_hashes();
+    test_file_cases();
+    test_longrope();
+    test_file_sampling();
     test_tiny();
     each_line("tests/expected/greedy.jsonl", use_greedy_line, &project);
     if (!T.shared) {
