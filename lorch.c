@@ -5981,22 +5981,20 @@ typedef struct {
     uint64_t seed;
 } sample_params;
 
-typedef struct { /* scratch for one vocabulary; the engine has one */
+typedef struct { /* scratch for one vocabulary; each thread that samples has one */
     int n_vocab;
-    float *weight;      /* [n_vocab] exp(logit - largest) */
-    int32_t *heap;      /* [n_vocab] candidates, the best on top */
-    unsigned char *kept; /* [n_vocab] */
+    float *weight;      /* [n_vocab] exp(logit - largest); 0 for what may not be drawn */
+    int32_t *order;     /* [2][n_vocab] candidates, the best first, and room to sort them */
 } sample_work;
 
 static int sample_open(sample_work *s, int n_vocab) {
     s->n_vocab = n_vocab;
     s->weight = sys_zalloc((size_t)n_vocab, sizeof *s->weight);
-    s->heap = sys_zalloc((size_t)n_vocab, sizeof *s->heap);
-    s->kept = sys_zalloc((size_t)n_vocab, 1);
-    return s->weight && s->heap && s->kept;
+    s->order = sys_zalloc((size_t)n_vocab * 2, sizeof *s->order);
+    return s->weight && s->order;
 }
 
-static void sample_close(sample_work *s) { free(s->weight), free(s->heap), free(s->kept); }
+static void sample_close(sample_work *s) { free(s->weight), free(s->order); }
 
 /* A uniform number in [0, 1) for (seed, index): SplitMix64's finaliser over both, used as a counter-based
  * generator (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014). */
@@ -6011,45 +6009,76 @@ static double sample_uniform(uint64_t seed, uint64_t index) {
     return (double)(z >> 11) * 0x1p-53;
 }
 
-static int sample_before(const float *logits, int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; }
-
-static void sample_sift(const float *logits, int32_t *heap, int n, int i) {
-    int32_t x = heap[i];
-    for (int child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && sample_before(logits, heap[child + 1], heap[child])) child++;
-        if (!sample_before(logits, heap[child], x)) break;
-        heap[i] = heap[child];
+/* Sorts n ids, which ascend, by falling logits; of equals the lower id comes first. Three passes of a radix
+ * sort over the bits of the logits, which are ordered like the numbers once negative ones are turned around. */
+static void sample_sort(const float *logits, int32_t *id, int32_t *room, int n) {
+    enum { BITS = 11, CELLS = 1 << BITS };
+    for (int pass = 0; pass < 3; pass++) {
+        int start[CELLS + 1] = {0};
+        for (int step = 0; step < 2; step++)
+            for (int i = 0; i < n; i++) {
+                uint32_t bits = num_bits(logits[id[i]] + 0.0f); /* -0 becomes 0 */
+                uint32_t key = (bits >> 31 ? bits : 0x7fffffffu - bits) >> (pass * BITS) & (CELLS - 1);
+                if (step == 0) start[key + 1]++;
+                else room[start[key]++] = id[i];
+                if (step == 0 && i == n - 1)
+                    for (int c = 0; c < CELLS; c++) start[c + 1] += start[c];
+            }
+        int32_t *swap = id;
+        id = room, room = swap;
     }
-    heap[i] = x;
+}
+
+enum { SAMPLE_CELLS = 2048 };
+
+static int sample_cell(float below) { return below < SAMPLE_CELLS / 64 ? (int)(below * 64) : SAMPLE_CELLS - 1; } /* grows with it */
+
+/* Collects, best first, at least the candidates that top-k and top-p can keep. Only they are sorted: a rough count by
+ * how far the logits lie below the largest says down to where they go. Returns their number. */
+static int sample_candidates(sample_work *s, const float *logits, float best, int most, double mass) {
+    int count[SAMPLE_CELLS] = {0}, cell = 0, n = 0;
+    double sum[SAMPLE_CELLS] = {0}, sums = 0;
+    for (int i = 0; i < s->n_vocab; i++) {
+        int c = sample_cell(best - logits[i]);
+        count[c]++, sum[c] += s->weight[i];
+    }
+    for (; cell < SAMPLE_CELLS - 1; cell++) {
+        n += count[cell], sums += sum[cell];
+        if (n >= most || sums > mass) break;
+    }
+    n = 0;
+    for (int i = 0; i < s->n_vocab; i++)
+        if (sample_cell(best - logits[i]) <= cell) s->order[n++] = i;
+    sample_sort(logits, s->order, s->order + s->n_vocab, n);
+    memcpy(s->order, s->order + s->n_vocab, (size_t)n * sizeof *s->order); /* an odd number of passes */
+    return n;
 }
 
 /* Keeps the most likely tokens: at most top_k of them, and of those the fewest whose probabilities (among
- * the top_k) reach top_p; then drops what is below min_p of the largest. At least one stays. */
-static void sample_filter(sample_work *s, const float *logits, const sample_params *p) {
-    int n = s->n_vocab, most = p->top_k > 0 && p->top_k < n ? p->top_k : n;
+ * the top_k) reach top_p; then drops what is below min_p of the largest. At least one stays; the weights of
+ * all others become 0. */
+static void sample_filter(sample_work *s, const float *logits, float best, const sample_params *p) {
+    int n = s->n_vocab, most = p->top_k > 0 && p->top_k < n ? p->top_k : n, kept = 0;
     double total = 0, sum = 0;
-    memset(s->kept, 0, (size_t)n);
-    for (int i = 0; i < n; i++) s->heap[i] = i;
-    for (int i = n / 2 - 1; i >= 0; i--) sample_sift(logits, s->heap, n, i);
-    if (most < n && p->top_p < 1) { /* the mass of the top_k: taken from a second walk over the same order */
-        for (int left = n, i = 0; i < most; i++) {
-            total += s->weight[s->heap[0]];
-            int32_t top = s->heap[0];
-            s->heap[0] = s->heap[--left], s->heap[left] = top;
-            if (left) sample_sift(logits, s->heap, left, 0);
-        }
-        for (int i = n / 2 - 1; i >= 0; i--) sample_sift(logits, s->heap, n, i);
-    } else
-        for (int i = 0; i < n; i++) total += s->weight[i];
-    for (int left = n, i = 0; i < most; i++) {
-        int32_t top = s->heap[0];
-        if (i && s->weight[top] < p->min_p) break; /* the largest weight is 1 */
-        s->kept[top] = 1;
+    if (most == n && p->top_p >= 1) { /* min-p alone asks for no order */
+        for (int i = 0; i < n; i++)
+            if (s->weight[i] < p->min_p) s->weight[i] = 0; /* the largest weight is 1 */
+        return;
+    }
+    for (int i = 0; most == n && i < n; i++) total += s->weight[i];
+    int found = sample_candidates(s, logits, best, most, most == n ? (double)p->top_p * total * 1.000001 : DBL_MAX);
+    for (int i = 0; most < n && i < most; i++) total += s->weight[s->order[i]];
+    while (kept < most && kept < found) {
+        int32_t top = s->order[kept];
+        if (kept && s->weight[top] < p->min_p) break;
+        kept++;
         sum += s->weight[top];
         if (p->top_p < 1 && sum >= (double)p->top_p * total) break;
-        s->heap[0] = s->heap[--left];
-        if (left) sample_sift(logits, s->heap, left, 0);
     }
+    int32_t last = s->order[kept - 1];
+    float least = logits[last];
+    for (int i = 0; i < n; i++)
+        if (logits[i] < least || (i > last && logits[i] <= least)) s->weight[i] = 0;
 }
 
 static int32_t sample_argmax(const float *logits, int n) {
@@ -6059,16 +6088,15 @@ static int32_t sample_argmax(const float *logits, int n) {
     return best;
 }
 
-/* Draws one of the kept tokens, walking in the order of their ids. */
+/* Draws a token by its weight, walking in the order of the ids. */
 static int32_t sample_draw(const sample_work *s, double u) {
     double total = 0, sum = 0;
     int32_t last = 0;
-    for (int i = 0; i < s->n_vocab; i++)
-        if (s->kept[i]) total += s->weight[i];
+    for (int i = 0; i < s->n_vocab; i++) total += s->weight[i];
     for (int i = 0; i < s->n_vocab; i++) {
-        if (!s->kept[i]) continue;
-        last = i;
-        if ((sum += s->weight[i]) > u * total) return i;
+        sum += s->weight[i];
+        if (sum > u * total) return i;
+        if (s->weight[i] > 0) last = i;
     }
     return last; /* rounding left a sliver at the end */
 }
@@ -6091,8 +6119,7 @@ static int32_t sample_token(sample_work *s, const mat_kernels *k, float *logits,
     k->exp_shifted(s->weight, logits, s->n_vocab, logits[best]);
     for (int i = 0; i < s->n_vocab; i++)
         if (logits[i] == -INFINITY) s->weight[i] = 0;
-    if (p->top_p < 1 || p->min_p > 0 || (p->top_k > 0 && p->top_k < s->n_vocab)) sample_filter(s, logits, p);
-    else memset(s->kept, 1, (size_t)s->n_vocab);
+    if (p->top_p < 1 || p->min_p > 0 || (p->top_k > 0 && p->top_k < s->n_vocab)) sample_filter(s, logits, logits[best], p);
     return sample_draw(s, sample_uniform(p->seed, index));
 }
 
