@@ -364,12 +364,69 @@ static void test_costs(void) {
     CHECK(c.attend[1] < 4e-7, "attention: %g", c.attend[1]);
 }
 
+/* What a batch takes on of prompts, from made-up costs of 20 ms and 1.5 ms a row: no layer over a slice; beside jobs that decode,
+ * no more than two slices, and even less at far positions. */
+static void test_chunks(void) {
+    static engine e;
+    model m;
+    memset(&e, 0, sizeof e), memset(&m, 0, sizeof m);
+    m.n_layer = 16, e.m = &m, e.options.chunk = 1000, e.options.n_parallel = 4;
+    CHECK(engine_chunk(&e, 0, 0, 1, 0) == 32, "a guess while nothing is known");
+    for (int k = 0; k < COST_KNOTS; k++) e.stats.cost.seconds[k] = 0.020 + 0.0015 * engine_knots[k];
+    e.stats.prefill_rate = 600, e.stats.decode_rate = 45, e.stats.tokens_per_step = 1, e.stats.cost.attend[1] = 1e-6;
+    int alone = engine_chunk(&e, 0, 0, engine_limit(&e, 0), 0), far = engine_chunk(&e, 0, 0, engine_limit(&e, 0), 8000);
+    CHECK(engine_rows_cost(&e.stats.cost, alone) <= 16 * ENGINE_SLICE_S + 1e-9 && alone > 150, "%d tokens alone", alone);
+    CHECK(far < alone / 4 && far > alone / 16, "%d tokens at position 8000, %d at the beginning", far, alone);
+    double decoding = engine_rows_cost(&e.stats.cost, 4);
+    int beside = engine_chunk(&e, 4, decoding, engine_limit(&e, decoding), 0);
+    CHECK(beside >= 24 && beside <= 26, "%d tokens beside four jobs that decode: 40 ms hold 26", beside);
+    double wait;
+    engine_job j;
+    memset(&j, 0, sizeof j);
+    j.n_prompt = 300, j.max_tokens = 101;
+    double t = engine_estimate(&e, &j, &wait), want = 2 * 0.020 + 300 * 0.0015 + 1e-6 * 300 * 150 + 100 * 0.0215;
+    CHECK(fabs(t / want - 1) < 0.03 && wait <= 0, "a job alone is foreseen to take %g s, not %g", t, want);
+}
+
+/* 64 jobs of one size that come together: when the first has ended, the last is not far behind. */
+static void test_fairness(void) {
+    enum { N = 64, TOKENS = 60 };
+    engine *e = open_engine(N, 64, 0);
+    static life l[N];
+    dice d = {21};
+    int least = TOKENS, first = 0;
+    await_costs(e);
+    for (int i = 0; i < N; i++) {
+        random_job(&l[i], &d, 5000, i);
+        engine_job *j = l[i].job;
+        j->prompt.len = 0, buf_printf(&j->prompt, "%d is the number of this job", i);
+        j->max_tokens = TOKENS, j->ignore_eos = 1, j->speculate = 0, j->deadline_unix_ms = 0, j->n_stop = 0;
+        if (engine_submit(e, j)) complain("job %d is not taken", i);
+    }
+    for (double end = sys_now() + 60; !first && sys_now() < end; nap(0.05)) {
+        pthread_mutex_lock(&e->lock); /* tokens are counted under it */
+        for (int i = 0; i < N; i++) first |= l[i].job->state == JOB_DONE;
+        for (int i = 0; i < N && first; i++) least = l[i].job->n_out < least ? l[i].job->n_out : least;
+        pthread_mutex_unlock(&e->lock);
+    }
+    CHECK(first && least > TOKENS / 3, "when the first job ended, the slowest had %d of %d tokens", least, TOKENS);
+    for (int i = 0; i < N; i++) {
+        while (!is_done(&l[i])) nap(0.2);
+        CHECK(l[i].last == EVENT_END && l[i].out == TOKENS && !l[i].faults, "job %d", i);
+        engine_job_drop(e, l[i].job);
+    }
+    check_blocks(e, 5000);
+    engine_close(e);
+}
+
 int main(int argc, char **argv) {
     static const struct {
         const char *name;
         void (*run)(void);
     } tests[] = {
         {"costs of batches are learned", test_costs},
+        {"prompts take no more than their slices", test_chunks},
+        {"64 jobs at once are served alike", test_fairness},
         {"jobs at random: one terminal event each, nothing left, sums add up [SYS-6.3.5]", test_interleavings},
         {"the same where KV blocks and queue are scarce", test_scarcity},
         {"the same with a drain at a random moment [SYS-7.2]", test_drain},
