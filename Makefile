@@ -27,6 +27,7 @@ test:
 
 bench: lorch
 	tests/bench.sh
+	tests/bench_engine.sh
 
 debug: build
 	$(CC) -O0 -g -DLORCH_DEBUG -std=c99 -Wall -Wextra lorch.c -o build/lorch-debug -lpthread -lm
@@ -48,7 +49,7 @@ help:
 	@echo 'make            build ./lorch (CC, CFLAGS)'
 	@echo 'make run        build, and serve a small model on port 8080 (MODEL, PORT)'
 	@echo 'make test       run all tests: ./test.sh'
-	@echo 'make bench      measure speed, beside llama.cpp where it is at hand: tests/bench.sh'
+	@echo 'make bench      measure speed, beside llama.cpp where it is at hand: tests/bench.sh, tests/bench_engine.sh'
 	@echo 'make debug      build/lorch-debug: without optimisation'
 	@echo 'make asan       build/lorch-asan: with address and undefined-behaviour sanitizers'
 	@echo 'make install    into PREFIX, /usr/local by default, below DESTDIR'

@@ -7,7 +7,7 @@
  * POST /execute, makes a job and hands it to the intake thread, which tokenizes the prompt, checks lengths
  * and estimates, and then refuses the job or queues it. The engine thread (engine_main) takes queued jobs
  * into free slots, shares the KV blocks of prompts that begin alike, reserves all the others that a job may
- * need, and runs the model: one chunk of a prompt, then one step for all jobs that decode, in turns. It
+ * need, and runs the model in batches: a row for each job that decodes, and a part of a prompt. It
  * samples, turns tokens into text, looks for stop sequences and gives each event to the job's sink, which
  * formats it into the job's own buffer and wakes the I/O thread to send it. POST /cancel sets a flag in the
  * job; the engine looks at it between layers. The engine and N-1 pool threads share each matrix product by
@@ -153,11 +153,13 @@ static double sys_now(void) { /* seconds, monotonic */
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static double sys_cpu_now(void) { /* CPU seconds of all threads of this process */
+static double sys_cpu_clock(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    clock_gettime(clock, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+static double sys_cpu_now(void) { return sys_cpu_clock(CLOCK_PROCESS_CPUTIME_ID); }       /* CPU seconds of all threads of this process */
+static double sys_thread_cpu_now(void) { return sys_cpu_clock(CLOCK_THREAD_CPUTIME_ID); } /* of the calling thread */
 
 static int64_t sys_unix_ms(void) { /* milliseconds since 1970, as X-Deadline counts them */
     struct timespec t;
@@ -5981,22 +5983,20 @@ typedef struct {
     uint64_t seed;
 } sample_params;
 
-typedef struct { /* scratch for one vocabulary; the engine has one */
+typedef struct { /* scratch for one vocabulary; each thread that samples has one */
     int n_vocab;
-    float *weight;      /* [n_vocab] exp(logit - largest) */
-    int32_t *heap;      /* [n_vocab] candidates, the best on top */
-    unsigned char *kept; /* [n_vocab] */
+    float *weight;      /* [n_vocab] exp(logit - largest); 0 for what may not be drawn */
+    int32_t *order;     /* [2][n_vocab] candidates, the best first, and room to sort them */
 } sample_work;
 
 static int sample_open(sample_work *s, int n_vocab) {
     s->n_vocab = n_vocab;
     s->weight = sys_zalloc((size_t)n_vocab, sizeof *s->weight);
-    s->heap = sys_zalloc((size_t)n_vocab, sizeof *s->heap);
-    s->kept = sys_zalloc((size_t)n_vocab, 1);
-    return s->weight && s->heap && s->kept;
+    s->order = sys_zalloc((size_t)n_vocab * 2, sizeof *s->order);
+    return s->weight && s->order;
 }
 
-static void sample_close(sample_work *s) { free(s->weight), free(s->heap), free(s->kept); }
+static void sample_close(sample_work *s) { free(s->weight), free(s->order); }
 
 /* A uniform number in [0, 1) for (seed, index): SplitMix64's finaliser over both, used as a counter-based
  * generator (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014). */
@@ -6011,45 +6011,76 @@ static double sample_uniform(uint64_t seed, uint64_t index) {
     return (double)(z >> 11) * 0x1p-53;
 }
 
-static int sample_before(const float *logits, int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; }
-
-static void sample_sift(const float *logits, int32_t *heap, int n, int i) {
-    int32_t x = heap[i];
-    for (int child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && sample_before(logits, heap[child + 1], heap[child])) child++;
-        if (!sample_before(logits, heap[child], x)) break;
-        heap[i] = heap[child];
+/* Sorts n ids, which ascend, by falling logits; of equals the lower id comes first. Three passes of a radix
+ * sort over the bits of the logits, which are ordered like the numbers once negative ones are turned around. */
+static void sample_sort(const float *logits, int32_t *id, int32_t *room, int n) {
+    enum { BITS = 11, CELLS = 1 << BITS };
+    for (int pass = 0; pass < 3; pass++) {
+        int start[CELLS + 1] = {0};
+        for (int step = 0; step < 2; step++)
+            for (int i = 0; i < n; i++) {
+                uint32_t bits = num_bits(logits[id[i]] + 0.0f); /* -0 becomes 0 */
+                uint32_t key = (bits >> 31 ? bits : 0x7fffffffu - bits) >> (pass * BITS) & (CELLS - 1);
+                if (step == 0) start[key + 1]++;
+                else room[start[key]++] = id[i];
+                if (step == 0 && i == n - 1)
+                    for (int c = 0; c < CELLS; c++) start[c + 1] += start[c];
+            }
+        int32_t *swap = id;
+        id = room, room = swap;
     }
-    heap[i] = x;
+}
+
+enum { SAMPLE_CELLS = 2048 };
+
+static int sample_cell(float below) { return below < SAMPLE_CELLS / 64 ? (int)(below * 64) : SAMPLE_CELLS - 1; } /* grows with it */
+
+/* Collects, best first, at least the candidates that top-k and top-p can keep. Only they are sorted: a rough count by
+ * how far the logits lie below the largest says down to where they go. Returns their number. */
+static int sample_candidates(sample_work *s, const float *logits, float best, int most, double mass) {
+    int count[SAMPLE_CELLS] = {0}, cell = 0, n = 0;
+    double sum[SAMPLE_CELLS] = {0}, sums = 0;
+    for (int i = 0; i < s->n_vocab; i++) {
+        int c = sample_cell(best - logits[i]);
+        count[c]++, sum[c] += s->weight[i];
+    }
+    for (; cell < SAMPLE_CELLS - 1; cell++) {
+        n += count[cell], sums += sum[cell];
+        if (n >= most || sums > mass) break;
+    }
+    n = 0;
+    for (int i = 0; i < s->n_vocab; i++)
+        if (sample_cell(best - logits[i]) <= cell) s->order[n++] = i;
+    sample_sort(logits, s->order, s->order + s->n_vocab, n);
+    memcpy(s->order, s->order + s->n_vocab, (size_t)n * sizeof *s->order); /* an odd number of passes */
+    return n;
 }
 
 /* Keeps the most likely tokens: at most top_k of them, and of those the fewest whose probabilities (among
- * the top_k) reach top_p; then drops what is below min_p of the largest. At least one stays. */
-static void sample_filter(sample_work *s, const float *logits, const sample_params *p) {
-    int n = s->n_vocab, most = p->top_k > 0 && p->top_k < n ? p->top_k : n;
+ * the top_k) reach top_p; then drops what is below min_p of the largest. At least one stays; the weights of
+ * all others become 0. */
+static void sample_filter(sample_work *s, const float *logits, float best, const sample_params *p) {
+    int n = s->n_vocab, most = p->top_k > 0 && p->top_k < n ? p->top_k : n, kept = 0;
     double total = 0, sum = 0;
-    memset(s->kept, 0, (size_t)n);
-    for (int i = 0; i < n; i++) s->heap[i] = i;
-    for (int i = n / 2 - 1; i >= 0; i--) sample_sift(logits, s->heap, n, i);
-    if (most < n && p->top_p < 1) { /* the mass of the top_k: taken from a second walk over the same order */
-        for (int left = n, i = 0; i < most; i++) {
-            total += s->weight[s->heap[0]];
-            int32_t top = s->heap[0];
-            s->heap[0] = s->heap[--left], s->heap[left] = top;
-            if (left) sample_sift(logits, s->heap, left, 0);
-        }
-        for (int i = n / 2 - 1; i >= 0; i--) sample_sift(logits, s->heap, n, i);
-    } else
-        for (int i = 0; i < n; i++) total += s->weight[i];
-    for (int left = n, i = 0; i < most; i++) {
-        int32_t top = s->heap[0];
-        if (i && s->weight[top] < p->min_p) break; /* the largest weight is 1 */
-        s->kept[top] = 1;
+    if (most == n && p->top_p >= 1) { /* min-p alone asks for no order */
+        for (int i = 0; i < n; i++)
+            if (s->weight[i] < p->min_p) s->weight[i] = 0; /* the largest weight is 1 */
+        return;
+    }
+    for (int i = 0; most == n && i < n; i++) total += s->weight[i];
+    int found = sample_candidates(s, logits, best, most, most == n ? (double)p->top_p * total * 1.000001 : DBL_MAX);
+    for (int i = 0; most < n && i < most; i++) total += s->weight[s->order[i]];
+    while (kept < most && kept < found) {
+        int32_t top = s->order[kept];
+        if (kept && s->weight[top] < p->min_p) break;
+        kept++;
         sum += s->weight[top];
         if (p->top_p < 1 && sum >= (double)p->top_p * total) break;
-        s->heap[0] = s->heap[--left];
-        if (left) sample_sift(logits, s->heap, left, 0);
     }
+    int32_t last = s->order[kept - 1];
+    float least = logits[last];
+    for (int i = 0; i < n; i++)
+        if (logits[i] < least || (i > last && logits[i] <= least)) s->weight[i] = 0;
 }
 
 static int32_t sample_argmax(const float *logits, int n) {
@@ -6059,16 +6090,15 @@ static int32_t sample_argmax(const float *logits, int n) {
     return best;
 }
 
-/* Draws one of the kept tokens, walking in the order of their ids. */
+/* Draws a token by its weight, walking in the order of the ids. */
 static int32_t sample_draw(const sample_work *s, double u) {
     double total = 0, sum = 0;
     int32_t last = 0;
-    for (int i = 0; i < s->n_vocab; i++)
-        if (s->kept[i]) total += s->weight[i];
+    for (int i = 0; i < s->n_vocab; i++) total += s->weight[i];
     for (int i = 0; i < s->n_vocab; i++) {
-        if (!s->kept[i]) continue;
-        last = i;
-        if ((sum += s->weight[i]) > u * total) return i;
+        sum += s->weight[i];
+        if (sum > u * total) return i;
+        if (s->weight[i] > 0) last = i;
     }
     return last; /* rounding left a sliver at the end */
 }
@@ -6091,8 +6121,7 @@ static int32_t sample_token(sample_work *s, const mat_kernels *k, float *logits,
     k->exp_shifted(s->weight, logits, s->n_vocab, logits[best]);
     for (int i = 0; i < s->n_vocab; i++)
         if (logits[i] == -INFINITY) s->weight[i] = 0;
-    if (p->top_p < 1 || p->min_p > 0 || (p->top_k > 0 && p->top_k < s->n_vocab)) sample_filter(s, logits, p);
-    else memset(s->kept, 1, (size_t)s->n_vocab);
+    if (p->top_p < 1 || p->min_p > 0 || (p->top_k > 0 && p->top_k < s->n_vocab)) sample_filter(s, logits, logits[best], p);
     return sample_draw(s, sample_uniform(p->seed, index));
 }
 
@@ -6143,9 +6172,15 @@ typedef struct {
 enum {
     ENGINE_DRAFT = 8,       /* most tokens proposed for one job and step */
     ENGINE_DRAFT_ROWS = 16, /* of all jobs together: each needs a row of logits */
-    ENGINE_ROWS = MAX_PARALLEL + ENGINE_DRAFT_ROWS,
-    GRAM = 3                /* tokens that must match before what followed them is proposed */
+    ENGINE_MAX_ROWS = 1024, /* tokens in one batch: the most that --chunk allows */
+    ENGINE_MIN_CHUNK = 4,   /* prompt tokens that a batch takes on however slow the machine is */
+    GRAM = 3,               /* tokens that must match before what followed them is proposed */
+    GRAM_RUNS = 3           /* chances of a proposal are kept apart by how many before it were right: 0, up to 3, more */
 };
+
+/* A slice is what one layer of a long prompt may take: the longest time in which nobody looks at cancels. A prompt that
+ * shares its batches with decoding jobs delays their tokens by at most two of them. */
+static const double ENGINE_SLICE_S = 0.020;
 
 typedef struct { /* a token whose event waits until its text is decided */
     int index;
@@ -6187,8 +6222,9 @@ struct engine_job {
     uint32_t gram_mask;
     int follow;                /* the position after the latest earlier occurrence of the last GRAM tokens; 0: none */
     int n_drafted, n_accepted; /* tokens proposed, and those that were right */
-    int n_misses, next_draft;  /* proposals in a row that were all wrong; no draft before this many tokens are out */
-    double accept;             /* chance that a drafted token is right, a moving average */
+    int n_right;               /* tokens in a row that the text before them foresaw */
+    double chance[GRAM_RUNS];  /* that the next one is foreseen as well: moving averages, whether it was proposed or not */
+    int n_steps;               /* batches that gave it tokens */
     int32_t *seen;             /* distinct tokens of prompt and output, for penalties */
     int n_seen;
     unsigned char *seen_bit;   /* [n_vocab / 8 + 1] */
@@ -6197,7 +6233,8 @@ struct engine_job {
     int n_tail;
     engine_pending *pending;   /* [max_tokens] */
     int n_pending, stop_matched;
-    double cpu_seconds;        /* its share of the process's, by rows computed */
+    double cpu_seconds;        /* its share of the process's, by rows computed, and what intake spent on it */
+    double estimate;           /* seconds from acceptance to its end, as foreseen then; -1: not known */
     double t_submit, t_run, t_decode, t_last_token, t_metrics, t_cancel, t_done, t_progress;
 };
 
@@ -6218,15 +6255,38 @@ typedef struct { /* what is remembered of an id that is not live */
 } engine_memory;
 enum { ENGINE_MEMORIES = 1 << 15, ENGINE_MEMORY_SECONDS = 60 }; /* more than 500 jobs a second for a minute */
 
+/* What a batch costs, learned from those that ran: seconds by its number of rows, at a few numbers of them, and
+ * beside that for each earlier position that a row attends to. */
+enum { COST_KNOTS = 20 };
+static const int engine_knots[COST_KNOTS] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024};
+typedef struct {
+    double seconds[COST_KNOTS]; /* 0: not measured */
+    double attend[2];           /* of rows that decode, of rows of a prompt */
+} engine_cost;
+
 typedef struct { /* a copy of what /health and /metrics show */
     int running, queued, live;
     uint64_t outcome[OUTCOMES], tokens_in, tokens_out, deadline_refused, cached_tokens, drafted, accepted;
     engine_hist duration, first_token, token, cancel, queue_wait; /* seconds; duration's bounds are in ms / 10 */
     double prefill_rate, decode_rate; /* tokens per second, of one job; 0: not measured yet */
-    double step[MAX_PARALLEL + 1];    /* seconds of a decode step of so many jobs; 0: not measured yet */
+    engine_cost cost;
+    double tokens_per_step;   /* of one job that decodes, drafts that were right included; a moving average */
+    double jobs_cpu, intake_cpu; /* CPU seconds that jobs were charged with; of these, by intake */
     double kv_used;           /* share of the pool that jobs have reserved */
     int kv_idle_tokens;       /* of finished prompts and outputs that are kept for new jobs */
 } engine_stats;
+
+typedef struct { /* a job's part of a batch */
+    engine_job *job;
+    int first, n;            /* its rows */
+    int first_logits;        /* of the first of them that wants logits; the others follow */
+    int n_draft;             /* in decode: rows beyond the first, whose tokens are proposed */
+    int prefill, done;       /* rows of a prompt; and they are its last */
+    int gone;                /* the job has ended meanwhile: its rows are computed for nothing */
+    int broken;              /* its logits are not finite */
+    int32_t chosen[ENGINE_DRAFT + 1];
+    int n_chosen;
+} engine_span;
 
 typedef struct {
     lorch_options options;    /* as they came out: nothing is 0 any more */
@@ -6236,7 +6296,8 @@ typedef struct {
     pool threads;
     kv_pool kv;
     model_run run;
-    sample_work sampler;
+    sample_work *sampler;     /* [n_samplers] as many as may sample at the same time */
+    int n_samplers;
     int n_ctx;
     size_t max_piece;         /* bytes of the longest token */
     pthread_mutex_t lock;
@@ -6253,9 +6314,14 @@ typedef struct {
     pthread_t engine_thread, intake_thread;
     int n_started;            /* threads to join */
     buf piece;                /* the engine thread's: bytes of one token */
-    engine_job *batch_job[MAX_PARALLEL]; /* of the batch that runs */
-    int n_batch;
-    int calibrating, never_calibrate; /* the engine thread's */
+    /* the engine thread's: the batch that runs */
+    engine_span span[MAX_PARALLEL];
+    int n_spans, n_rows, n_logits, layer; /* layer: how many have begun */
+    int32_t id[ENGINE_MAX_ROWS], pos[ENGINE_MAX_ROWS];
+    const uint32_t *blocks[ENGINE_MAX_ROWS];
+    unsigned char want[ENGINE_MAX_ROWS];
+    double cpu_mark, intake_mark; /* what of the process's and the intake's CPU time is charged already */
+    int calibrating, calibrations; /* calibrations: how often it was tried; ENGINE_CALIBRATIONS: never again */
     const char *threads_because; /* what decided their number */
     uint64_t required;        /* private bytes that KV cache and scratch need */
     char fingerprint[17];     /* of the model file: set before has_fingerprint */
@@ -6383,81 +6449,149 @@ static const engine_error *engine_must_end(const engine *e, engine_job *j, const
     return NULL;
 }
 
-/* ---- intake: what happens before the engine sees a job (intake thread) ---- */
+/* ---- what batches cost, and when a job will end ---- */
 
-/* How many prompt tokens to compute at once: so that a layer takes at most 20 ms (then a cancel is seen in
- * time), and the whole chunk at most 100 ms while other jobs wait for their next token. */
-static int engine_chunk(const engine *e, int others) {
-    int n = e->options.chunk, guess = 32;
-    if (e->stats.prefill_rate > 0) {
-        double per_layer = e->stats.prefill_rate * 0.020 * e->m->n_layer, whole = e->stats.prefill_rate * 0.100;
-        guess = (int)(others && whole < per_layer ? whole : per_layer < 1e6 ? per_layer : 1e6);
+static double engine_knot_at(double n, int *below) { /* the place of n among the knots, and the knot below it */
+    int k = 0;
+    while (k + 1 < COST_KNOTS && engine_knots[k + 1] <= n) k++;
+    *below = k;
+    return k + 1 < COST_KNOTS ? k + (n - engine_knots[k]) / (engine_knots[k + 1] - engine_knots[k]) : k;
+}
+
+/* Seconds of a batch of n rows, short positions: between what was measured; 0: nothing was. */
+static double engine_rows_cost(const engine_cost *c, double n) {
+    int low = -1, lower = -1, high = -1;
+    for (int k = 0; k < COST_KNOTS && high < 0; k++) {
+        if (c->seconds[k] <= 0) continue;
+        if (engine_knots[k] <= n) lower = low, low = k;
+        else high = k;
     }
-    if (guess < n) n = guess;
-    return n > 8 ? n : 8 < e->options.chunk ? 8 : e->options.chunk;
+    if (low < 0) return high < 0 ? 0 : c->seconds[high];
+    int a = high < 0 ? lower : low, b = high < 0 ? low : high; /* the line through these two */
+    if (a < 0) return c->seconds[b] * n / engine_knots[b];
+    double slope = (c->seconds[b] - c->seconds[a]) / (engine_knots[b] - engine_knots[a]), t = c->seconds[a] + slope * (n - engine_knots[a]);
+    return t > c->seconds[low] / 2 ? t : c->seconds[low] / 2;
 }
 
-/* Seconds of a decode step of n jobs: measured, or from the nearest smaller batch and what a row more costs. */
-static double engine_step_seconds(const engine_stats *s, int n) {
-    double row = s->prefill_rate > 0 ? 1 / s->prefill_rate : 0;
-    for (int m = n; m >= 1; m--)
-        if (s->step[m] > 0) return s->step[m] + (n - m) * row;
-    return s->decode_rate > 0 ? 1 / s->decode_rate + (n - 1) * row : 0; /* 0: not known */
+/* The sum of n positions from pos on. */
+static double engine_positions(double pos, double n) { return n * (pos + n / 2); }
+
+static void engine_average(double *average, double value, double weight) { *average += weight * (value - *average); }
+
+/* Learns from a batch of n rows that took so many seconds. One of them counts at most as twice or half of what was
+ * foreseen: a process that was stopped for a second has not become slow. What a number of rows costs says something of
+ * its neighbours too, since the same memory serves both. Under lock. */
+static void engine_learn_cost(engine_cost *c, int n, double decode_positions, double prompt_positions, double seconds) {
+    int knot, prompt = prompt_positions > decode_positions;
+    double at = engine_knot_at(n, &knot), rows = engine_rows_cost(c, n), attending = c->attend[0] * decode_positions + c->attend[1] * prompt_positions;
+    if (!(seconds > 0 && seconds < 1e6)) return; /* a clock that stood still */
+    if (rows > 0 && (decode_positions + prompt_positions) / n > 512 && attending > 0) { /* far enough to learn what attention costs */
+        double share = (seconds - rows) / attending;
+        engine_average(&c->attend[prompt], c->attend[prompt] * (share > 2 ? 2 : share < 0.5 ? 0.5 : share), 0.1);
+        return;
+    }
+    double ratio = rows > 0 ? (seconds - attending) / rows : 1;
+    ratio = ratio > 2 ? 2 : ratio < 0.5 ? 0.5 : ratio;
+    if (c->seconds[knot] <= 0 && (engine_knots[knot] == n || rows <= 0)) c->seconds[knot] = seconds;
+    for (int k = 0; k < COST_KNOTS; k++) {
+        double near = 1 - fabs(k - at) / 4;
+        if (near > 0) c->seconds[k] *= 1 + 0.2 * near * (ratio - 1);
+    }
 }
 
-typedef struct { /* what a job in a slot still needs, in tokens */
-    double prefill, decode;
+/* How many tokens of a prompt, from position pos on, a batch takes on that has `rows` already which cost `seconds`:
+ * so many that it stays within `limit`. */
+static int engine_chunk(const engine *e, int rows, double seconds, double limit, int pos) {
+    const engine_cost *c = &e->stats.cost;
+    int low = 0, high = e->options.chunk;
+    double base = engine_rows_cost(c, rows);
+    if (e->stats.prefill_rate <= 0) return high < 32 ? high : 32; /* a guess */
+    while (low < high) {
+        int n = (low + high + 1) / 2;
+        if (seconds + engine_rows_cost(c, rows + n) - base + c->attend[1] * engine_positions(pos, n) <= limit) low = n;
+        else high = n - 1;
+    }
+    return low;
+}
+
+/* What a batch with prompts in it may take: no layer more than a slice, and where decoding jobs share it, no more
+ * than two slices beyond what they would need alone. */
+static double engine_limit(const engine *e, double decoding) { return decoding > 0 ? decoding + 2 * ENGINE_SLICE_S : ENGINE_SLICE_S * e->m->n_layer; }
+
+typedef struct { /* what a job in a slot still needs: prompt tokens, then batches that decode */
+    double prefill, decode, per_step, pos;
 } engine_load;
 
-/* The time that passes until one of the slots' jobs changes its state, given how the engine shares itself out:
- * in each round one chunk for one of those in prefill, then one step for all that decode. */
+/* The time that passes until one of the slots' jobs changes its state, given how the engine shares itself out: each
+ * batch has a row for each job that decodes and some of the prompts, in turns. */
 static double engine_advance(const engine *e, engine_load *load, int n) {
-    int prefills = 0, decodes = 0;
-    double rounds = 1e18;
-    for (int i = 0; i < n; i++) prefills += load[i].prefill > 0, decodes += load[i].prefill <= 0 && load[i].decode > 0;
-    double chunk = engine_chunk(e, decodes), per_round = prefills ? chunk / e->stats.prefill_rate : 0;
-    if (decodes) per_round += engine_step_seconds(&e->stats, decodes);
+    const engine_cost *c = &e->stats.cost;
+    int prefills = 0, decodes = 0, together = 0; /* together: all prompts end in the next batch */
+    double rounds = 1e18, seconds = 0, decode_pos = 0, pos = 0, chunk = 0, left = 0;
     for (int i = 0; i < n; i++) {
-        double need = load[i].prefill > 0 ? load[i].prefill * prefills / chunk : load[i].decode > 0 ? load[i].decode : 1e18;
+        if (load[i].prefill > 0) prefills++, pos += load[i].pos, left += load[i].prefill;
+        else if (load[i].decode > 0) decodes++, decode_pos += load[i].pos;
+    }
+    double decoding = decodes ? engine_rows_cost(c, decodes) + c->attend[0] * decode_pos : 0;
+    if (prefills) {
+        chunk = engine_chunk(e, decodes, decoding, engine_limit(e, decoding), (int)(pos / prefills));
+        chunk = chunk > ENGINE_MIN_CHUNK ? chunk : ENGINE_MIN_CHUNK;
+        if (chunk >= left) chunk = left, together = 1;
+    }
+    for (int i = 0; i < n; i++) {
+        double need = load[i].prefill > 0 ? (together ? 1 : load[i].prefill * prefills / chunk) : load[i].decode > 0 ? load[i].decode : 1e18;
         if (need < rounds) rounds = need;
     }
     if (rounds > 1e17) return 0;
     for (int i = 0; i < n; i++) {
-        if (load[i].prefill > 0) load[i].prefill -= rounds * chunk / prefills;
-        else if (load[i].decode > 0) load[i].decode -= rounds;
+        double moves = load[i].prefill > 0 ? (together ? load[i].prefill : rounds * chunk / prefills) : load[i].decode > 0 ? rounds * load[i].per_step : 0;
+        if (load[i].prefill > 0) seconds += c->attend[1] * moves * (load[i].pos + moves / 2), load[i].prefill -= moves;
+        else if (load[i].decode > 0) seconds += c->attend[0] * rounds * (load[i].pos + moves / 2), load[i].decode -= rounds;
+        load[i].pos += moves;
         if (load[i].prefill < 1e-6) load[i].prefill = 0;
         if (load[i].decode < 1e-6) load[i].decode = 0;
     }
-    return rounds * per_round;
+    return seconds + (rounds > 1 ? rounds : 1) * engine_rows_cost(c, decodes + chunk);
 }
 
-/* Seconds until a job that comes now will have ended, by playing the engine's schedule forward from the measured
- * rates; *wait: until it gets its slot. -1 while there are no rates. KV space is assumed to be there. */
-static double engine_estimate(const engine *e, int n_prompt, int max_tokens, double *wait) { /* under lock */
+/* A job as the estimate sees it. `cached`: positions that need no computing. */
+static engine_load engine_load_of(const engine *e, const engine_job *j, int cached, int running) {
+    engine_load l = {j->n_prompt - cached, 0, e->stats.tokens_per_step, cached};
+    if (running && j->state != JOB_PREFILL) l.prefill = 0;
+    if (!j->speculate || e->options.no_speculate) l.per_step = 1;
+    else if (running && j->n_steps >= 16) l.per_step = (double)j->n_out / j->n_steps;
+    l.decode = (j->max_tokens - j->n_out - (j->n_out == 0)) / (l.per_step > 1 ? l.per_step : 1); /* the prompt's last batch gives a token as well */
+    if (running && l.decode <= 0 && l.prefill <= 0) l.decode = 0.5; /* it is about to leave */
+    return l;
+}
+
+/* Seconds until job j, which comes now, will have ended, by playing the engine's schedule forward from what batches cost;
+ * *wait: until it gets its slot. j NULL: the wait alone. -1 while nothing is measured. KV space is assumed to be there. */
+static double engine_estimate(const engine *e, const engine_job *j, double *wait) { /* under lock */
     engine_load load[MAX_PARALLEL];
     const engine_job *queued = e->queue_first;
-    int n = e->options.n_parallel, mine = -1, placed = 0;
+    int n = e->options.n_parallel, mine = -1;
     double now = 0;
     *wait = 0;
     if (e->stats.prefill_rate <= 0 || e->stats.decode_rate <= 0) return -1;
-    for (int i = 0; i < n; i++) {
-        const engine_job *j = e->running[i];
-        load[i].prefill = j && j->state == JOB_PREFILL ? j->n_prompt - j->n_computed : 0;
-        load[i].decode = j ? j->max_tokens - j->n_out : 0;
-    }
+    memset(load, 0, sizeof load);
+    for (int i = 0; i < n; i++)
+        if (e->running[i]) load[i] = engine_load_of(e, e->running[i], e->running[i]->n_computed, 1);
     for (;;) {
-        for (int i = 0; i < n && !placed; i++) {
+        for (int i = 0; i < n && mine < 0; i++) {
             if (load[i].prefill > 0 || load[i].decode > 0) continue;
-            placed = !queued;
-            load[i].prefill = queued ? queued->n_prompt : n_prompt + 1e-3;
-            load[i].decode = queued ? queued->max_tokens : max_tokens;
-            if (!queued) mine = i, *wait = now;
-            else queued = queued->next_queued;
+            if (queued) load[i] = engine_load_of(e, queued, queued->n_cached, 0), queued = queued->next_queued;
+            else mine = i, *wait = now;
         }
-        if (placed && load[mine].prefill <= 0 && load[mine].decode <= 0) return now;
+        if (mine >= 0 && !j) return now;
+        if (mine >= 0) break;
         now += engine_advance(e, load, n);
     }
+    for (load[mine] = engine_load_of(e, j, j->n_cached, 0); load[mine].prefill > 0 || load[mine].decode > 0;) now += engine_advance(e, load, n);
+    return now;
 }
+
+/* ---- intake: what happens before the engine sees a job (intake thread) ---- */
 
 static void engine_field_error(engine_job *j, const char *field, const char *constraint, const char *message, str value) {
     buf *b = &j->field_errors;
@@ -6546,17 +6680,19 @@ static int engine_check(engine *e, engine_job *j) { /* refuses what cannot be ru
         engine_field_error(j, "prompt", "tokens(1..)", "the prompt has no tokens", str_of(""));
         return engine_refuse(e, j, &ERR_INVALID, "the request has invalid fields", ""), 0;
     }
+    static const double chance[GRAM_RUNS] = {0.3, 0.6, 0.85}; /* until it is known better */
     for (int i = 0; i < j->n_prompt; i++) engine_mark_seen(j, j->token[i]), engine_note_gram(j, i + 1);
-    j->accept = 0.5;
+    memcpy(j->chance, chance, sizeof chance);
     engine_peek_cache(e, j);
-    if (!j->deadline_unix_ms) return 1;
     pthread_mutex_lock(&e->lock);
-    double wait, estimate = engine_estimate(e, j->n_prompt - j->n_cached, j->max_tokens, &wait);
-    int64_t left = j->deadline_unix_ms - sys_unix_ms();
-    int refuse = left <= 0 || (estimate >= 0 && estimate * 1000 > (double)left);
-    e->stats.deadline_refused += (uint64_t)refuse;
+    double wait, estimate = j->estimate = engine_estimate(e, j, &wait);
     pthread_mutex_unlock(&e->lock);
-    if (!refuse) return 1;
+    if (!j->deadline_unix_ms) return 1;
+    int64_t left = j->deadline_unix_ms - sys_unix_ms();
+    if (left > 0 && estimate * 1000 <= (double)left) return 1;
+    pthread_mutex_lock(&e->lock);
+    e->stats.deadline_refused++;
+    pthread_mutex_unlock(&e->lock);
     details[0] = 0;
     if (estimate >= 0) snprintf(details, sizeof details, "\"estimated_ms\":%.0f", estimate * 1000);
     else snprintf(details, sizeof details, "\"estimated_ms\":null");
@@ -6588,9 +6724,12 @@ static int engine_sweep_queue(engine *e) {
 
 static void engine_accept(engine *e, engine_job *j) {
     engine_event started = {EVENT_STARTED, 0, 0, {"", 0}, LORCH_FAILED, NULL, NULL, ""};
+    double cpu = sys_thread_cpu_now();
     if (!engine_check(e, j)) return;
     engine_emit(j, &started);
     pthread_mutex_lock(&e->lock);
+    j->cpu_seconds = sys_thread_cpu_now() - cpu;
+    e->stats.intake_cpu += j->cpu_seconds, e->stats.jobs_cpu += j->cpu_seconds;
     e->stats.tokens_in += (uint64_t)j->n_prompt;
     j->state = JOB_QUEUED;
     j->next_queued = NULL;
@@ -6806,97 +6945,104 @@ static void engine_complete(engine *e, engine_job *j, lorch_reason reason) {
     engine_job_drop(e, j);
 }
 
-/* Chooses and takes in the next token of a job from its logits. 0: that was its end, and it may be gone. */
-static int engine_next_token(engine *e, engine_job *j, float *logits) {
-    const tok *t = e->m->tok;
-    double now = sys_now();
-    if (!sample_finite(logits, e->m->n_vocab)) {
-        engine_fail(e, j, &ERR_INTERNAL, "the model's output is not finite: is the file damaged?");
-        return 0;
-    }
-    sample_penalise(logits, j->seen, j->n_seen, j->sample.repetition_penalty);
-    for (int i = 0; j->ignore_eos && i < t->n_end; i++) logits[t->end[i]] = -INFINITY;
-    int32_t id = sample_token(&e->sampler, e->k, logits, &j->sample, (uint64_t)j->n_out);
-    pthread_mutex_lock(&e->lock);
-    if (j->n_out == 0) engine_hist_add(&e->stats.first_token, now - j->t_submit);
-    else engine_hist_add(&e->stats.token, now - j->t_last_token);
-    pthread_mutex_unlock(&e->lock);
-    if (j->n_out == 0) j->t_decode = now, j->t_metrics = now;
-    j->t_last_token = now;
-    if (t->entry[id].ends && !j->ignore_eos) {
-        engine_complete(e, j, LORCH_EOS);
-        return 0;
-    }
-    pthread_mutex_lock(&e->lock);
-    j->token[j->n_prompt + j->n_out++] = id;
-    pthread_mutex_unlock(&e->lock);
-    engine_mark_seen(j, id);
-    engine_note_gram(j, j->n_prompt + j->n_out);
-    if (engine_add_text(e, j, id)) return engine_complete(e, j, LORCH_STOP_SEQUENCE), 0;
-    if (j->n_out >= j->max_tokens) return engine_complete(e, j, LORCH_MAX_TOKENS), 0;
-    if (now - j->t_metrics >= 0.5) {
-        engine_event ev = {EVENT_METRICS, 0, 0, {"", 0}, LORCH_FAILED, NULL, NULL, ""};
-        j->t_metrics = now;
-        engine_emit(j, &ev);
-    }
-    return 1;
-}
-
-static int engine_in_batch(const engine *e, const engine_job *j) {
-    for (int i = 0; i < e->n_batch; i++)
-        if (e->batch_job[i] == j) return 1;
-    return 0;
-}
-
-/* Between layers: ends running jobs that must end. Those outside the batch end here and now; one inside
- * makes the batch be given up, to be computed again without it. */
-static int engine_between_layers(void *arg) {
-    engine *e = arg;
-    int give_up = 0;
-    engine_progress(e);
-    if (e->calibrating) {
-        pthread_mutex_lock(&e->lock);
-        give_up = e->queue_first != NULL || e->stop;
-        pthread_mutex_unlock(&e->lock);
-    }
+/* Ends running jobs that must end, those of the batch that runs as well: their rows go on without them, into blocks that
+ * nobody is given before the batch is over, and the batch holds a reference to them. Nonzero: a job has ended. */
+static int engine_end_some(engine *e) {
+    int ended = 0;
     for (int i = 0; i < e->options.n_parallel; i++) {
         engine_job *j = e->running[i];
         const char *message;
         const engine_error *error = j ? engine_must_end(e, j, &message) : NULL;
-        if (error && engine_in_batch(e, j)) give_up = 1;
-        else if (error) engine_fail(e, j, error, message);
+        if (!error) continue;
+        for (int k = 0; k < e->n_spans; k++)
+            if (e->span[k].job == j) e->span[k].gone = 1;
+        engine_fail(e, j, error, message);
+        ended = 1;
     }
-    return give_up;
+    return ended;
 }
 
-static void engine_sweep_running(engine *e) {
-    e->n_batch = 0;
-    engine_between_layers(e);
+/* Whether to give a batch up, some of whose rows have become useless, and to compute the others again: if that is
+ * less than what is left of it. Few rows cost no less than MAT_FEW, since the weights must come from memory for them too. */
+static int engine_give_up(const engine *e) {
+    int useful = 0, left = e->m->n_layer - e->layer;
+    for (int i = 0; i < e->n_spans; i++) useful += e->span[i].gone ? 0 : e->span[i].n;
+    int64_t go_on = (int64_t)left * (e->n_rows > MAT_FEW ? e->n_rows : MAT_FEW), again = (int64_t)e->m->n_layer * (useful > MAT_FEW ? useful : MAT_FEW);
+    return useful == 0 || go_on > again;
 }
 
-/* A moving average. One value counts at most as twice or half of it: a process that was stopped for a second
- * has not become slow. */
-static void engine_set_rate(engine *e, double *rate, double value) {
-    if (!(value > 0 && value < 1e12)) return; /* a clock that stood still */
+static int engine_between_layers(void *arg) {
+    engine *e = arg;
+    engine_progress(e);
+    if (e->calibrating) {
+        pthread_mutex_lock(&e->lock);
+        int stop = e->queue_first != NULL || e->stop;
+        pthread_mutex_unlock(&e->lock);
+        return stop;
+    }
+    int ended = engine_end_some(e);
+    e->layer++;
+    return ended && engine_give_up(e);
+}
+
+/* Charges the CPU time that the process has spent since the last time to the jobs of the batch, by their rows. What
+ * intake spent is charged to its jobs already. */
+static void engine_charge(engine *e) {
+    double now = sys_cpu_now();
     pthread_mutex_lock(&e->lock);
-    double near = value > *rate * 2 ? *rate * 2 : value < *rate / 2 ? *rate / 2 : value;
-    *rate = *rate > 0 ? *rate * 0.8 + near * 0.2 : value;
+    double spent = now - e->cpu_mark - (e->stats.intake_cpu - e->intake_mark);
+    e->cpu_mark = now, e->intake_mark = e->stats.intake_cpu;
+    if (spent > 0 && e->n_rows) e->stats.jobs_cpu += spent;
+    for (int i = 0; spent > 0 && i < e->n_spans; i++) e->span[i].job->cpu_seconds += spent * e->span[i].n / e->n_rows;
     pthread_mutex_unlock(&e->lock);
 }
 
-/* A batch through the model; the CPU time that it takes is shared out to its jobs by their rows. */
-static int engine_forward(engine *e, const model_batch *b, const int *rows) {
-    double from = sys_cpu_now();
-    int done = model_forward(&e->run, b);
-    double each = (sys_cpu_now() - from) / b->n;
-    for (int i = 0; i < e->n_batch; i++) e->batch_job[i]->cpu_seconds += each * rows[i];
-    return done;
+/* ---- building a batch ---- */
+
+/* How many tokens to propose for a job: as many as make the most of a batch, given the chance that one is right and what
+ * its row costs. */
+static int engine_draft_length(const engine *e, const engine_job *j, int jobs, int room) {
+    const engine_cost *c = &e->stats.cost;
+    int most = j->max_tokens - j->n_out - 1, best = 0;
+    double base = engine_rows_cost(c, e->n_rows + 1), tokens = jobs, chance = 1, gain = 1.02; /* less is not worth it */
+    if (!j->speculate || e->options.no_speculate || !j->follow || base <= 0) return 0;
+    most = most < room ? most : room;
+    for (int k = 1; k <= ENGINE_DRAFT && k <= most; k++) {
+        int run = j->n_right + k - 1;
+        tokens += chance *= j->chance[run == 0 ? 0 : run < 4 ? 1 : 2];
+        double now = tokens / jobs * base / engine_rows_cost(c, e->n_rows + 1 + k);
+        if (now > gain) gain = now, best = k;
+    }
+    return best;
 }
 
-/* Notes that the job's cache has grown to n_computed positions, and offers its full blocks to others. */
-static void engine_computed(engine *e, engine_job *j, int n_computed) { /* under lock */
-    j->n_computed = n_computed;
-    kv_publish(&e->kv, &j->kv, j->cache_key, j->token, j->n_computed);
+static engine_span *engine_add_rows(engine *e, engine_job *j, int n, int first_wanted) {
+    engine_span *s = &e->span[e->n_spans++];
+    memset(s, 0, sizeof *s);
+    s->job = j, s->first = e->n_rows, s->n = n, s->first_logits = e->n_logits;
+    for (int i = 0; i < n; i++, e->n_rows++) {
+        int at = j->n_computed + i;
+        e->pos[e->n_rows] = at, e->blocks[e->n_rows] = j->kv.block, e->want[e->n_rows] = i >= first_wanted;
+        if (at < j->n_prompt + j->n_out) e->id[e->n_rows] = j->token[at];
+        e->n_logits += i >= first_wanted;
+    }
+    return s;
+}
+
+/* The last token of each job that decodes, and after it what is proposed to follow: what followed the last tokens where
+ * they stood before (prompt lookup decoding, Saxena 2023). */
+static void engine_add_decoding(engine *e) {
+    int jobs = 0, room = ENGINE_DRAFT_ROWS;
+    for (int i = 0; i < e->options.n_parallel; i++) jobs += e->running[i] && e->running[i]->state == JOB_DECODE;
+    for (int i = 0; i < e->options.n_parallel; i++) {
+        engine_job *j = e->running[i];
+        if (!j || j->state != JOB_DECODE) continue;
+        int drafts = engine_draft_length(e, j, jobs, room), end = j->n_prompt + j->n_out;
+        engine_span *s = engine_add_rows(e, j, 1 + drafts, 0);
+        int32_t *draft = e->id + s->first + 1;
+        for (int k = 0; k < drafts; k++) draft[k] = j->follow + k < end ? j->token[j->follow + k] : draft[k - (end - j->follow)];
+        s->n_draft = drafts, room -= drafts;
+    }
 }
 
 /* Skips what another job has computed since this one was admitted: jobs with the same beginning that come
@@ -6910,108 +7056,194 @@ static void engine_skip_shared(engine *e, engine_job *j) {
     pthread_mutex_unlock(&e->lock);
 }
 
-static void engine_prefill(engine *e, engine_job *j, int others) {
-    int32_t pos[1024];
-    const uint32_t *blocks[1024];
-    unsigned char want[1024] = {0};
-    engine_skip_shared(e, j);
-    int n = j->n_prompt - j->n_computed, most = engine_chunk(e, others);
-    n = n < most ? n : most;
-    for (int i = 0; i < n; i++) pos[i] = j->n_computed + i, blocks[i] = j->kv.block;
-    want[n - 1] = j->n_computed + n == j->n_prompt;
-    model_batch b = {n, j->token + j->n_computed, pos, blocks, want, engine_between_layers, e};
-    e->batch_job[0] = j, e->n_batch = 1;
-    double from = sys_now();
-    if (!engine_forward(e, &b, &n)) return;
-    if (n >= 8) engine_set_rate(e, &e->stats.prefill_rate, n / (sys_now() - from));
+/* Whether the batch computes already what job j needs next, for another one: then j waits and shares it. */
+static int engine_coming(const engine *e, const engine_job *j) {
+    for (int i = 0; i < e->n_spans; i++) {
+        const engine_job *o = e->span[i].job;
+        if (!e->span[i].prefill || o->cache_key != j->cache_key || o->n_computed != j->n_computed) continue;
+        if (j->n_prompt - j->n_computed > KV_BLOCK && e->span[i].n >= KV_BLOCK &&
+            memcmp(o->token + j->n_computed, j->token + j->n_computed, KV_BLOCK * sizeof *j->token) == 0)
+            return 1;
+    }
+    return 0;
+}
+
+/* Tokens of prompts, in turns: as many as the batch may take without delaying anybody for too long. */
+static void engine_add_prompts(engine *e, int decode_positions) {
+    const engine_cost *c = &e->stats.cost;
+    int n_parallel = e->options.n_parallel, first = e->turn, taken = 0, decoding = e->n_rows;
+    double seconds = engine_rows_cost(c, decoding) + c->attend[0] * decode_positions, limit = engine_limit(e, decoding ? seconds : 0);
+    for (int k = 0; k < n_parallel && taken < e->options.chunk; k++) {
+        int slot = (first + k) % n_parallel;
+        engine_job *j = e->running[slot];
+        if (!j || j->state != JOB_PREFILL) continue;
+        engine_skip_shared(e, j);
+        if (engine_coming(e, j)) continue;
+        int left = j->n_prompt - j->n_computed, n = engine_chunk(e, e->n_rows, seconds, limit, j->n_computed), room = e->options.chunk - taken;
+        if (!taken && n < ENGINE_MIN_CHUNK) n = ENGINE_MIN_CHUNK;
+        if (taken && n < left && n < ENGINE_MIN_CHUNK) return;
+        n = n < left ? n : left;
+        n = n < room ? n : room;
+        n = n < e->run.max_tokens - e->n_rows ? n : e->run.max_tokens - e->n_rows;
+        if (n <= 0) return;
+        seconds += engine_rows_cost(c, e->n_rows + n) - engine_rows_cost(c, e->n_rows) + c->attend[1] * engine_positions(j->n_computed, n);
+        engine_span *s = engine_add_rows(e, j, n, n == left ? n - 1 : n);
+        s->prefill = 1, s->done = n == left;
+        if (!taken) e->turn = slot + 1;
+        taken += n;
+    }
+}
+
+/* ---- taking in what a batch computed ---- */
+
+/* A moving average for /health; like those of the costs it does not believe in sudden changes. Under lock. */
+static void engine_set_rate(double *rate, double value) {
+    if (!(value > 0 && value < 1e12)) return; /* a clock that stood still */
+    double near = value > *rate * 2 ? *rate * 2 : value < *rate / 2 ? *rate / 2 : value;
+    *rate = *rate > 0 ? *rate * 0.8 + near * 0.2 : value;
+}
+
+static void engine_learn(engine *e, double seconds) { /* from the batch that has just run */
+    engine_stats *s = &e->stats;
+    double decode_pos = 0, prompt_pos = 0;
+    int prompts = 0;
+    for (int i = 0; i < e->n_spans; i++) {
+        double sum = engine_positions(e->pos[e->span[i].first], e->span[i].n);
+        *(e->span[i].prefill ? &prompt_pos : &decode_pos) += sum;
+        prompts += e->span[i].prefill ? e->span[i].n : 0;
+    }
     pthread_mutex_lock(&e->lock);
-    engine_computed(e, j, j->n_computed + n);
-    int done = j->n_computed == j->n_prompt;
-    if (done) j->state = JOB_DECODE;
+    engine_learn_cost(&s->cost, e->n_rows, decode_pos, prompt_pos, seconds);
+    if (prompts == e->n_rows && prompts >= 8) engine_set_rate(&s->prefill_rate, prompts / seconds);
+    if (prompts == 0 && s->decode_rate <= 0) s->decode_rate = 1 / (e->n_rows > 1 ? engine_rows_cost(&s->cost, 1) : seconds);
+    if (prompts == 0) engine_set_rate(&s->decode_rate, 1 / engine_rows_cost(&s->cost, 1));
     pthread_mutex_unlock(&e->lock);
-    if (!done) {
+}
+
+/* Chooses the tokens of a span, on any thread: one, and as many more as its draft foresaw. The draft only decides which
+ * positions were computed; every token is drawn from logits that follow the true text, so the output is what it
+ * would be without drafts. */
+static void engine_choose(engine *e, engine_span *s, sample_work *sampler) {
+    engine_job *j = s->job;
+    const tok *t = e->m->tok;
+    for (int i = 0; i <= s->n_draft && j->n_out + i < j->max_tokens; i++) {
+        float *logits = e->run.logits + (size_t)(s->first_logits + i) * (size_t)e->m->n_vocab;
+        s->broken = !sample_finite(logits, e->m->n_vocab);
+        if (s->broken) return;
+        sample_penalise(logits, j->seen, j->n_seen, j->sample.repetition_penalty);
+        for (int k = 0; j->ignore_eos && k < t->n_end; k++) logits[t->end[k]] = -INFINITY;
+        int32_t id = sample_token(sampler, e->k, logits, &j->sample, (uint64_t)(j->n_out + i));
+        s->chosen[s->n_chosen++] = id;
+        if (t->entry[id].ends && !j->ignore_eos) return;
+        engine_mark_seen(j, id);
+        if (i < s->n_draft && id != e->id[s->first + 1 + i]) return;
+    }
+}
+
+static void engine_choose_item(void *arg, int64_t item, int thread) { /* every n_samplers-th span, with a scratch of its own */
+    engine *e = arg;
+    (void)thread;
+    for (int i = (int)item; i < e->n_spans; i += e->n_samplers)
+        if (!e->span[i].gone && (!e->span[i].prefill || e->span[i].done)) engine_choose(e, &e->span[i], &e->sampler[item]);
+}
+
+/* Learns whether the job's own text foresaw its next token, whether or not that was proposed. */
+static void engine_learn_chance(engine_job *j, int32_t id) {
+    if (!j->follow) j->n_right = 0;
+    else {
+        int right = j->token[j->follow] == id;
+        engine_average(&j->chance[j->n_right == 0 ? 0 : j->n_right < 4 ? 1 : 2], right, 0.1);
+        j->n_right = right ? j->n_right + 1 : 0;
+    }
+}
+
+/* Takes in one token of a job: 0 if that was its end. */
+static int engine_take_token(engine *e, engine_job *j, int32_t id, double now) {
+    pthread_mutex_lock(&e->lock);
+    if (j->n_out == 0) engine_hist_add(&e->stats.first_token, now - j->t_submit);
+    else engine_hist_add(&e->stats.token, now - j->t_last_token);
+    if (j->n_out == 0) j->t_decode = now, j->t_metrics = now;
+    j->t_last_token = now;
+    int ends = e->m->tok->entry[id].ends && !j->ignore_eos;
+    if (!ends) {
+        engine_learn_chance(j, id);
+        j->token[j->n_prompt + j->n_out++] = id;
+    }
+    pthread_mutex_unlock(&e->lock);
+    if (ends) return engine_complete(e, j, LORCH_EOS), 0;
+    engine_note_gram(j, j->n_prompt + j->n_out);
+    if (engine_add_text(e, j, id)) return engine_complete(e, j, LORCH_STOP_SEQUENCE), 0;
+    if (j->n_out >= j->max_tokens) return engine_complete(e, j, LORCH_MAX_TOKENS), 0;
+    if (now - j->t_metrics >= 0.5) {
+        engine_event ev = {EVENT_METRICS, 0, 0, {"", 0}, LORCH_FAILED, NULL, NULL, ""};
+        j->t_metrics = now;
+        engine_emit(j, &ev);
+    }
+    return 1;
+}
+
+/* Notes that the job's cache has grown to n_computed positions, and offers its full blocks to others. */
+static void engine_computed(engine *e, engine_job *j, int n_computed) { /* under lock */
+    j->n_computed = n_computed;
+    kv_publish(&e->kv, &j->kv, j->cache_key, j->token, j->n_computed);
+}
+
+static void engine_take_prompt(engine *e, engine_span *s) {
+    engine_job *j = s->job;
+    pthread_mutex_lock(&e->lock);
+    engine_computed(e, j, j->n_computed + s->n);
+    if (s->done) j->state = JOB_DECODE;
+    pthread_mutex_unlock(&e->lock);
+    if (!s->done) {
         engine_event ev = {EVENT_PREFILL, j->n_computed, 0, {"", 0}, LORCH_FAILED, NULL, NULL, ""};
         engine_emit(j, &ev);
-        return;
     }
-    engine_next_token(e, j, e->run.logits);
 }
 
-/* How many tokens to propose for a job: as many as make the most of a step, given the chance that a token is
- * right and what one more row costs (at most its share of a prefill). */
-static int engine_draft_length(const engine *e, const engine_job *j, int room) {
-    double cost = e->stats.prefill_rate > 0 && e->stats.decode_rate > 0 ? e->stats.decode_rate / e->stats.prefill_rate : 0.1, best = 1.02, gain = 1, chance = 1;
-    int most = j->max_tokens - j->n_out - 1, n = 0;
-    if (!j->speculate || e->options.no_speculate || !j->follow || j->n_out < j->next_draft) return 0;
-    if (most > room) most = room;
-    for (int k = 1; k <= ENGINE_DRAFT && k <= most; k++) {
-        gain += chance *= j->accept;
-        if (gain / (1 + k * cost) > best) best = gain / (1 + k * cost), n = k;
-    }
-    return n == 0 && most > 0 && cost < 0.5 ? 1 : n; /* one is enough to learn whether times have changed */
-}
-
-/* Proposes what followed the last tokens where they stood before (prompt lookup decoding, Saxena 2023). */
-static void engine_draft(const engine_job *j, int32_t *draft, int n) {
-    int end = j->n_prompt + j->n_out;
-    for (int i = 0; i < n; i++) draft[i] = j->follow + i < end ? j->token[j->follow + i] : draft[i - (end - j->follow)];
-}
-
-/* Learns from a step in which `right` of n proposed tokens were right. Misses make the next tries rarer. */
-static void engine_learn(engine *e, engine_job *j, int n, int right) {
-    for (int i = 0; i < n && i <= right; i++) j->accept += 0.15 * ((i < right) - j->accept);
-    j->n_misses = right ? 0 : j->n_misses < 6 ? j->n_misses + 1 : 6;
-    j->next_draft = j->n_out + (right ? 0 : 1 << j->n_misses);
-    j->n_drafted += n, j->n_accepted += right;
+static void engine_take_span(engine *e, engine_span *s) {
+    engine_job *j = s->job;
+    double now = sys_now();
+    int goes_on = 1, from = j->n_computed;
+    if (s->prefill) engine_take_prompt(e, s);
+    if (s->broken) return engine_fail(e, j, &ERR_INTERNAL, "the model's output is not finite: is the file damaged?");
+    if (!s->n_chosen) return;
     pthread_mutex_lock(&e->lock);
-    e->stats.drafted += (uint64_t)n, e->stats.accepted += (uint64_t)right;
+    j->n_drafted += s->n_draft, e->stats.drafted += (uint64_t)s->n_draft;
+    if (!s->prefill) j->n_steps++, engine_average(&e->stats.tokens_per_step, s->n_chosen, 0.005);
     pthread_mutex_unlock(&e->lock);
+    for (int i = 0; i < s->n_chosen && goes_on; i++) {
+        if (!s->prefill) {
+            pthread_mutex_lock(&e->lock);
+            engine_computed(e, j, from + i + 1); /* a draft's position holds once the token before it stands */
+            j->n_accepted += i > 0, e->stats.accepted += i > 0;
+            pthread_mutex_unlock(&e->lock);
+        }
+        goes_on = engine_take_token(e, j, s->chosen[i], now);
+    }
 }
 
-/* Takes in what a step computed for one job: its next token, and as many more as its draft foresaw. The draft
- * only decides which positions were computed; every token comes from logits that follow the true text, so
- * the output is what it would be without drafts. */
-static void engine_take_step(engine *e, engine_job *j, const int32_t *draft, int n_draft, float *logits) {
-    int right = 0, goes_on = 1;
-    for (int i = 0; i <= n_draft && goes_on; i++) {
-        pthread_mutex_lock(&e->lock);
-        engine_computed(e, j, j->n_computed + 1);
-        pthread_mutex_unlock(&e->lock);
-        goes_on = engine_next_token(e, j, logits + (size_t)i * (size_t)e->m->n_vocab);
-        if (!goes_on || i == n_draft || j->token[j->n_computed] != draft[i]) break;
-        right++;
-    }
-    if (goes_on && n_draft) engine_learn(e, j, n_draft, right);
-}
-
-/* One step for every job that decodes, in one batch: its last token, and after it what is proposed to follow. */
-static void engine_decode(engine *e) {
-    int32_t id[ENGINE_ROWS], pos[ENGINE_ROWS];
-    const uint32_t *blocks[ENGINE_ROWS];
-    unsigned char want[ENGINE_ROWS];
-    int first[MAX_PARALLEL + 1], rows[MAX_PARALLEL], n = 0, room = ENGINE_DRAFT_ROWS, jobs = 0;
-    for (int i = 0; i < e->options.n_parallel; i++) {
-        engine_job *j = e->running[i];
-        if (!j || j->state != JOB_DECODE) continue;
-        int drafts = engine_draft_length(e, j, room);
-        first[jobs] = n, rows[jobs] = 1 + drafts, e->batch_job[jobs++] = j, room -= drafts;
-        id[n] = j->token[j->n_computed];
-        engine_draft(j, id + n + 1, drafts);
-        for (int k = 0; k <= drafts; k++, n++) pos[n] = j->n_computed + k, blocks[n] = j->kv.block, want[n] = 1;
-    }
-    first[jobs] = n;
-    if ((e->n_batch = jobs) == 0) return;
-    model_batch b = {n, id, pos, blocks, want, engine_between_layers, e};
+/* One batch: a row for each job that decodes, what is proposed to follow, and parts of prompts. */
+static void engine_step(engine *e) {
     double from = sys_now();
-    if (!engine_forward(e, &b, rows)) return;
-    if (n == jobs) {
-        engine_set_rate(e, &e->stats.step[n], sys_now() - from);
-        double one = engine_step_seconds(&e->stats, 1);
-        if (one > 0) engine_set_rate(e, &e->stats.decode_rate, 1 / one);
-    }
-    for (int i = 0; i < jobs; i++)
-        engine_take_step(e, e->batch_job[i], id + first[i] + 1, first[i + 1] - first[i] - 1, e->run.logits + (size_t)first[i] * (size_t)e->m->n_vocab);
-    e->n_batch = 0;
+    int decode_positions = 0;
+    e->n_spans = e->n_rows = e->n_logits = e->layer = 0;
+    engine_end_some(e);
+    engine_add_decoding(e);
+    for (int i = 0; i < e->n_rows; i++) decode_positions += e->pos[i];
+    engine_add_prompts(e, decode_positions);
+    if (!e->n_rows) return;
+    pthread_mutex_lock(&e->lock);
+    for (int i = 0; i < e->n_spans; i++) e->span[i].job->refs++;
+    pthread_mutex_unlock(&e->lock);
+    model_batch b = {e->n_rows, e->id, e->pos, e->blocks, e->want, engine_between_layers, e};
+    int done = model_forward(&e->run, &b);
+    if (done && e->n_logits) pool_run(&e->threads, engine_choose_item, e, e->n_spans < e->n_samplers ? e->n_spans : e->n_samplers);
+    engine_charge(e);
+    for (int i = 0; i < e->n_spans && done; i++)
+        if (!e->span[i].gone) engine_take_span(e, &e->span[i]);
+    if (done) engine_learn(e, sys_now() - from);
+    for (int i = 0; i < e->n_spans; i++) engine_job_drop(e, e->span[i].job);
+    e->n_spans = 0;
 }
 
 /* Puts queued jobs into free slots, in order, as far as their whole need of KV blocks can be reserved. */
@@ -7035,50 +7267,76 @@ static void engine_admit(engine *e) { /* under lock */
     }
 }
 
-/* Measures both rates on nonsense tokens while nobody waits; a job that comes interrupts it. */
-static void engine_calibrate(engine *e) {
-    enum { PROMPT = 32, STEPS = 4 };
-    int32_t id[PROMPT], pos[PROMPT];
-    const uint32_t *blocks[PROMPT];
-    unsigned char want[PROMPT] = {0};
-    uint32_t block[2];
+enum { ENGINE_CALIBRATIONS = 8 };
+
+/* Measures what batches of n rows cost, on nonsense tokens in blocks that it borrows: the best of so many times; 0: it
+ * only warms up. Returns 0 if it was interrupted or there is no room. */
+static int engine_calibrate_rows(engine *e, int n, int times) {
+    uint32_t block[ENGINE_MAX_ROWS / KV_BLOCK + 1];
     kv_seq seq = {block, 0, 0};
-    int n = e->n_ctx - STEPS < PROMPT ? e->n_ctx - STEPS : PROMPT;
-    if (n > e->options.chunk) n = e->options.chunk;
+    double best = 0;
     pthread_mutex_lock(&e->lock);
-    int fits = n >= 1 && kv_reserve(&e->kv, &seq, n + STEPS);
-    e->never_calibrate = !fits; /* too small a context */
+    int ok = kv_reserve(&e->kv, &seq, n);
     pthread_mutex_unlock(&e->lock);
-    if (!fits) return;
-    for (int i = 0; i < n; i++) id[i] = (i * 37 + 11) % e->m->n_vocab, pos[i] = i, blocks[i] = block;
-    model_batch b = {n, id, pos, blocks, want, engine_between_layers, e};
-    double from = sys_now();
-    int ok = model_forward(&e->run, &b); /* the first pass also reads the weights from disk */
-    if (ok) from = sys_now(), ok = model_forward(&e->run, &b);
-    double prefill = sys_now() - from;
-    b.n = 1, want[0] = 1;
-    from = sys_now();
-    for (int i = 0; i < STEPS && ok; i++) pos[0] = n + i, ok = model_forward(&e->run, &b);
+    if (!ok) return 0;
+    for (int i = 0; i < n; i++) e->id[i] = (i * 37 + 11) % e->m->n_vocab, e->pos[i] = i, e->blocks[i] = block, e->want[i] = i == n - 1;
+    model_batch b = {n, e->id, e->pos, e->blocks, e->want, engine_between_layers, e};
+    for (int i = 0; (i < times || i == 0) && ok; i++) {
+        double from = sys_now();
+        ok = model_forward(&e->run, &b);
+        double took = sys_now() - from;
+        if (i == 0 || took < best) best = took;
+    }
     pthread_mutex_lock(&e->lock);
     kv_release(&e->kv, &seq);
-    if (ok && e->stats.prefill_rate <= 0) e->stats.prefill_rate = n / prefill;
-    if (ok && e->stats.decode_rate <= 0) e->stats.decode_rate = STEPS / (sys_now() - from), e->stats.step[1] = 1 / e->stats.decode_rate;
+    int knot;
+    engine_knot_at(n, &knot);
+    if (ok && times && engine_knots[knot] == n && e->stats.cost.seconds[knot] <= 0) e->stats.cost.seconds[knot] = best;
+    if (ok && times && n == 1 && e->stats.decode_rate <= 0) e->stats.decode_rate = 1 / best;
+    pthread_mutex_unlock(&e->lock);
+    return ok;
+}
+
+/* Until it is measured: attention's share by its arithmetic, which is in floats and so four times as dear as that
+ * of the weights; in decoding it waits for memory as well. Under lock. */
+static void engine_guess_attention(engine *e, double per_row) {
+    const model *m = e->m;
+    double heads = (double)m->n_head * m->head_dim, weights = m->n_embd * (2 * heads + 2.0 * m->n_head_kv * m->head_dim + 3.0 * m->n_ff);
+    e->stats.cost.attend[1] = per_row * 4 * 2 * heads / weights;
+    e->stats.cost.attend[0] = 2 * e->stats.cost.attend[1];
+}
+
+/* Measures costs while nobody waits; a job that comes interrupts it. */
+static void engine_calibrate(engine *e) {
+    static const int knots[] = {8, 1, 4, 32};
+    int most = e->options.chunk < e->n_ctx ? e->options.chunk : e->n_ctx, knot, ok;
+    if (most > e->kv.n_blocks * KV_BLOCK) most = e->kv.n_blocks * KV_BLOCK;
+    engine_knot_at(most, &knot);
+    int largest = engine_knots[knot];
+    ok = engine_calibrate_rows(e, 1, 0); /* the first pass also reads the weights from disk */
+    for (size_t i = 0; ok && i < sizeof knots / sizeof *knots; i++)
+        if (knots[i] < largest) ok = engine_calibrate_rows(e, knots[i], knots[i] < 32 ? 3 : 2);
+    if (ok) ok = engine_calibrate_rows(e, largest, 1);
+    pthread_mutex_lock(&e->lock);
+    double per_row = engine_rows_cost(&e->stats.cost, largest) / largest;
+    if (ok && e->stats.prefill_rate <= 0) e->stats.prefill_rate = 1 / per_row;
+    if (ok) engine_guess_attention(e, per_row);
+    e->calibrations = ok ? ENGINE_CALIBRATIONS : e->calibrations + 1;
     pthread_mutex_unlock(&e->lock);
 }
 
 /* Waits for work. Returns 0 when the engine is to stop and has nothing left. */
 static int engine_await(engine *e) {
+    int waited = 0;
     pthread_mutex_lock(&e->lock);
     for (;;) {
         engine_admit(e);
         engine_progress(e);
-        int busy = e->stats.running > 0, measured = e->stats.prefill_rate > 0 && e->stats.decode_rate > 0;
-        if (busy || (e->stop && !e->queue_first)) {
-            pthread_mutex_unlock(&e->lock);
-            return busy;
-        }
+        if (waited && e->stats.running) e->cpu_mark = sys_cpu_now(), e->intake_mark = e->stats.intake_cpu; /* idle time is nobody's */
+        if (e->stats.running || (e->stop && !e->queue_first)) break;
         pthread_cond_broadcast(&e->idle);
-        if (!measured && !e->never_calibrate && !e->stop) {
+        waited = 1;
+        if (e->calibrations < ENGINE_CALIBRATIONS && !e->stop) {
             e->calibrating = 1;
             pthread_mutex_unlock(&e->lock);
             engine_calibrate(e);
@@ -7088,23 +7346,14 @@ static int engine_await(engine *e) {
         }
         pthread_cond_wait(&e->work, &e->lock);
     }
+    int busy = e->stats.running > 0;
+    pthread_mutex_unlock(&e->lock);
+    return busy;
 }
 
 static void *engine_main(void *arg) {
     engine *e = arg;
-    while (engine_await(e)) {
-        int decoding = 0;
-        engine_sweep_running(e);
-        for (int i = 0; i < e->options.n_parallel; i++) decoding += e->running[i] && e->running[i]->state == JOB_DECODE;
-        for (int k = 0; k < e->options.n_parallel; k++) { /* one chunk for one job, in turns */
-            int slot = (e->turn + k) % e->options.n_parallel;
-            if (!e->running[slot] || e->running[slot]->state != JOB_PREFILL) continue;
-            e->turn = slot + 1;
-            engine_prefill(e, e->running[slot], decoding);
-            break;
-        }
-        engine_decode(e);
-    }
+    while (engine_await(e)) engine_step(e);
     return NULL;
 }
 
@@ -7175,12 +7424,22 @@ static void engine_close(engine *e) {
     if (e->threads.n_threads) pool_stop(&e->threads);
     model_run_close(&e->run);
     kv_pool_close(&e->kv);
-    sample_close(&e->sampler);
+    for (int i = 0; i < e->n_samplers; i++) sample_close(&e->sampler[i]);
+    free(e->sampler);
     buf_free(&e->piece);
     free(e->memory), free(e->memory_bucket);
     model_free(e->m);
     pthread_mutex_destroy(&e->lock);
     free(e);
+}
+
+static int engine_open_samplers(engine *e) {
+    int n = e->options.n_threads < e->options.n_parallel ? e->options.n_threads : e->options.n_parallel;
+    e->sampler = sys_zalloc((size_t)n, sizeof *e->sampler);
+    if (!e->sampler) return 0;
+    for (; e->n_samplers < n; e->n_samplers++)
+        if (!sample_open(&e->sampler[e->n_samplers], e->m->n_vocab)) return sample_close(&e->sampler[e->n_samplers]), 0;
+    return 1;
 }
 
 static int engine_open_parts(engine *e, char *err, size_t cap) {
@@ -7200,7 +7459,7 @@ static int engine_open_parts(engine *e, char *err, size_t cap) {
     e->memory = sys_zalloc(ENGINE_MEMORIES, sizeof *e->memory);
     e->memory_bucket = sys_zalloc(ENGINE_MEMORIES, sizeof *e->memory_bucket);
     for (int i = 0; e->memory_bucket && i < ENGINE_MEMORIES; i++) e->memory_bucket[i] = -1;
-    if (!e->memory || !e->memory_bucket || e->piece.failed || !kv_pool_open(&e->kv, layout, n_blocks) || !sample_open(&e->sampler, e->m->n_vocab) ||
+    if (!e->memory || !e->memory_bucket || e->piece.failed || !kv_pool_open(&e->kv, layout, n_blocks) || !engine_open_samplers(e) ||
         !model_run_open(&e->run, e->m, e->k, &e->threads, &e->kv, engine_max_rows(o), o->n_parallel + ENGINE_DRAFT_ROWS))
         return sys_fail(err, cap, "INSUFFICIENT_MEMORY: cannot allocate the KV cache and scratch");
     return 1;
@@ -7216,6 +7475,7 @@ static engine *engine_open(model *m, const lorch_options *options, int start, ui
     sys_cond_init(&e->work), sys_cond_init(&e->intake), sys_cond_init(&e->idle);
     engine_progress(e);
     e->salt = sys_random();
+    e->stats.tokens_per_step = 1;
     int ok = engine_open_parts(e, err, cap);
     if (ok && start) {
         if (sys_thread(&e->intake_thread, engine_intake_main, e) == 0) e->n_started++;
@@ -7229,7 +7489,7 @@ static engine *engine_open(model *m, const lorch_options *options, int start, ui
 }
 
 static uint64_t engine_private_bytes(const engine *e) { /* beside the KV pool */
-    return e->run.bytes + (uint64_t)e->m->n_vocab * (4 + 4 + 1 + sizeof(tok_entry) + 16) + (uint64_t)e->m->tok->n_merges * (sizeof(str) + 16);
+    return e->run.bytes + (uint64_t)e->m->n_vocab * ((uint64_t)e->n_samplers * 12 + sizeof(tok_entry) + 16) + (uint64_t)e->m->tok->n_merges * (sizeof(str) + 16);
 }
 static uint64_t engine_kv_bytes(const engine *e) { return e->kv.layout.block_bytes * (uint64_t)e->kv.n_blocks; }
 
@@ -7930,6 +8190,7 @@ static void route_format_started(const engine_job *j, const engine *e, buf *b) {
     json_kv_u64(b, "seed", j->sample.seed);
     json_kv_int(b, "prompt_tokens", j->n_prompt);
     json_kv_int(b, "cached_tokens", j->n_cached);
+    json_kv_num(b, "estimated_ms", j->estimate >= 0 ? j->estimate * 1000 : (double)NAN, 0);
     route_put_fingerprint(b, e);
     json_kv_cstr(b, "correlation_id", j->correlation);
 }
@@ -7963,6 +8224,8 @@ static void route_format_error(const engine_job *j, const engine_event *ev, buf 
     json_kv_cstr(b, "code", ev->error->code);
     json_kv_cstr(b, "message", ev->message);
     json_kv_bool(b, "retriable", ev->error == &ERR_CANCELLED && __atomic_load_n(&j->cancel, __ATOMIC_RELAXED) == CANCEL_DRAIN);
+    json_kv_int(b, "tokens_out", j->n_out);
+    json_kv_num(b, "cpu_ms", j->cpu_seconds * 1000, 1);
     json_kv_cstr(b, "correlation_id", j->correlation);
 }
 
@@ -8069,7 +8332,7 @@ static void route_refuse(route_server *s, http_conn *c, const engine_error *why,
     if (why == &ERR_BUSY) {
         pthread_mutex_lock(&s->e->lock);
         double wait;
-        engine_estimate(s->e, 0, 0, &wait);
+        engine_estimate(s->e, NULL, &wait);
         pthread_mutex_unlock(&s->e->lock);
         snprintf(extra, sizeof extra, "Retry-After: %d\r\n", wait < 1 ? 1 : wait > 3600 ? 3600 : (int)(wait + 0.999));
     } else if (why == &ERR_NOT_READY) snprintf(extra, sizeof extra, "Retry-After: 1\r\n");
@@ -8384,7 +8647,7 @@ static const char *route_why_unhealthy(const route_server *s, const engine_stats
 static void route_health_jobs(const route_server *s, const engine_stats *stats, buf *b) {
     double wait;
     pthread_mutex_lock(&s->e->lock);
-    int known = engine_estimate(s->e, 0, 0, &wait) >= 0;
+    int known = engine_estimate(s->e, NULL, &wait) >= 0;
     pthread_mutex_unlock(&s->e->lock);
     json_put_key(b, "jobs"), buf_putc(b, '{');
     json_kv_int(b, "running", stats->running);
@@ -8497,6 +8760,8 @@ static void route_metrics(route_server *s, http_conn *c) {
     route_metric(&p, "worker_drafted_tokens_total", "counter", "Tokens proposed by looking them up in the job's own text.", (double)t.drafted);
     route_metric(&p, "worker_accepted_tokens_total", "counter", "Proposed tokens that were right.", (double)t.accepted);
     route_metric(&p, "worker_deadline_refused_total", "counter", "Jobs refused because they could not meet their deadline.", (double)t.deadline_refused);
+    route_metric(&p, "worker_cpu_seconds_total", "counter", "CPU time of the process.", sys_cpu_now());
+    route_metric(&p, "worker_jobs_cpu_seconds_total", "counter", "Of this, what jobs were charged with.", t.jobs_cpu);
     route_metric(&p, "worker_log_dropped_total", "counter", "Log lines that stderr did not take.", (double)log_state.dropped);
     route_metric(&p, "worker_jobs_running", "gauge", "Jobs in prefill or decode.", t.running);
     route_metric(&p, "worker_jobs_queued", "gauge", "Jobs that wait for a slot.", t.live - t.running);

@@ -6,7 +6,7 @@
 # It needs sh, cc, make and curl, and less than five minutes on two cores. What more a test wants is taken if it is
 # there, else the test is skipped by name; .ci/run installs all of it. -v shows what passing tests have to say.
 #
-# PATTERN chooses groups (build shape unit embed accuracy tokenizer badgguf contract execute wire load curl config asan
+# PATTERN chooses groups (build shape unit engine embed accuracy tokenizer badgguf contract execute wire load curl config asan
 # tsan tools) by a part of their name; if it is no part of one, the tests of the test programs whose names contain it.
 #
 # Environment: LORCH_SHARED, a directory with more models and conformance files; LORCH_TEST_FULL=1 adds what takes longer
@@ -27,8 +27,8 @@ MAX_COLUMNS=170 MAX_FUNCTION=70 MAX_UNMARKED=500
 LONG_FUNCTIONS=''
 STRICT='-std=c99 -pedantic -Wall -Wextra -Wshadow -Wconversion -Wundef -Wmissing-prototypes -Wstrict-prototypes'
 SANITIZE='-fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all -fno-var-tracking -g1 -O1'
-GROUPS_ALL='build shape unit embed accuracy tokenizer badgguf contract execute wire load curl config asan tsan tools same'
-PROGRAMS='unit embed accuracy tokenizer badgguf contract execute wire load'
+GROUPS_ALL='build shape unit engine embed accuracy tokenizer badgguf contract execute wire load curl config asan tsan tools same'
+PROGRAMS='unit engine embed accuracy tokenizer badgguf contract execute wire load'
 
 # ==== Results ====================================================================================
 
@@ -141,6 +141,7 @@ build_plain() {
     # Jobs of this model last: the 14,000 tokens of a long prompt take seconds, and a token takes milliseconds.
     compile slow $W/slow.gguf $W/mkmodel llama q8_0 $W/slow.gguf embd=1024 ff=3072 layers=8 heads=16 kv=4 hd=64 vocab=512 ctx=16384
     wants unit && compile unit $W/unit "$CC" -std=gnu99 -O1 -w tests/unit.c -o $W/unit -lpthread -lm
+    wants engine && compile engine $W/engine "$CC" -std=gnu99 -O1 -w tests/engine.c -o $W/engine -lpthread -lm
     if wants embed build; then
         # shellcheck disable=SC2086
         compile object $W/lorch.o "$CC" $STRICT -Wno-unused-function -O1 -DLORCH_NO_MAIN -c lorch.c -o $W/lorch.o
@@ -364,24 +365,29 @@ test_asan() {
         collect asan_$p
     done
     collect asan_execute
-    if [ -z "${LORCH_TEST_FULL:-}" ]; then skip "asan: unit and embed" "LORCH_TEST_FULL is not set"
+    if [ -z "${LORCH_TEST_FULL:-}" ]; then skip "asan: unit, engine and embed" "LORCH_TEST_FULL is not set"
     else
         # shellcheck disable=SC2086
         compile unit_asan $W/unit_asan "$CC" $SANITIZE -w tests/unit.c -o $W/unit_asan -lpthread -lm
         # shellcheck disable=SC2086
+        compile engine_asan $W/engine_asan "$CC" $SANITIZE -w tests/engine.c -o $W/engine_asan -lpthread -lm
+        # shellcheck disable=SC2086
         compile embed_asan $W/embed_asan "$CC" $SANITIZE -w -DLORCH_NO_MAIN lorch.c tests/embed.c -o $W/embed_asan -lpthread -lm
         start_sanitized asan - unit_asan
+        start_sanitized asan - engine_asan
         start_sanitized asan - embed_asan
         collect asan_unit_asan
+        collect asan_engine_asan
         collect asan_embed_asan
     fi
     no_reports asan
 }
 
 test_tsan() {
-    if [ -z "${LORCH_TEST_FULL:-}" ]; then skip "tsan: execute, contract, wire, load, embed" "LORCH_TEST_FULL is not set"; return; fi
+    if [ -z "${LORCH_TEST_FULL:-}" ]; then skip "tsan: execute, contract, wire, load, embed, engine" "LORCH_TEST_FULL is not set"; return; fi
     compile tsan $W/lorch-tsan "$CC" -fsanitize=thread -g1 -O1 lorch.c -o $W/lorch-tsan -lpthread -lm
     compile embed_tsan $W/embed_tsan "$CC" -fsanitize=thread -g1 -O1 -DLORCH_NO_MAIN lorch.c tests/embed.c -o $W/embed_tsan -lpthread -lm
+    compile engine_tsan $W/engine_tsan "$CC" -fsanitize=thread -g1 -O1 -w tests/engine.c -o $W/engine_tsan -lpthread -lm
     compiled tsan "thread sanitizer"
     rm -f $W/tsan-report*
     start_sanitized tsan $W/lorch-tsan execute
@@ -394,6 +400,8 @@ test_tsan() {
     collect tsan_execute
     start_sanitized tsan - embed_tsan
     collect tsan_embed_tsan
+    start_sanitized tsan - engine_tsan
+    collect tsan_engine_tsan
     no_reports tsan
 }
 
@@ -411,7 +419,7 @@ wanted unit && launch unit $W/unit
 for p in accuracy tokenizer badgguf; do wanted $p && run $p $W/$p; done
 wanted unit && collect unit
 took "unit, accuracy, tokenizer, badgguf"
-for p in embed contract execute wire load; do
+for p in engine embed contract execute wire load; do
     wanted $p && run $p $W/$p && took $p
 done
 wanted curl && test_curl

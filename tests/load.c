@@ -3,8 +3,9 @@
  * Whatever happens around it, a job's stream must be the one that it would have alone. The tests replay mixes
  * of short and long jobs, shared beginnings, cancellations, clients that leave and deadlines against one worker,
  * and compare every stream event for event with that of a second worker which runs one job at a time on one
- * thread without speculation. Then workers are killed in mid-stream and their jobs continued elsewhere. */
-#include "harness.h"
+ * thread without speculation. Then workers are killed in mid-stream and their jobs continued elsewhere. Last come
+ * short forms of what tests/bench_engine.c measures, held to generous bounds; lines with # print the figures. */
+#include "measure.h"
 
 enum { MOST = 48 };
 
@@ -25,15 +26,6 @@ static int calm(void) {
         calm_worker = ready_worker("--model", tiny_model(), "--parallel", "1",
                                    "--threads", "1", "--no-speculate", "--chunk", "7");
     return calm_worker->port;
-}
-
-/* The generator is SplitMix64; each test has its own seed, so that a failure can be repeated. */
-static unsigned long long dice_state;
-static unsigned dice(unsigned sides) {
-    unsigned long long z = dice_state += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return (unsigned)((z ^ z >> 31) % sides);
 }
 
 /* The fields of a job but its id: prompts of all lengths, a third of them with a common beginning. */
@@ -81,7 +73,28 @@ static void pump_all(stream **s, int n, int ms) {
         if (s[i]) stream_pump(s[i], ms);
 }
 
+/* Nothing is lost, doubled or out of place: started, tokens from 0 on with metrics between them, one last event. */
+static void check_events(const stream *s, const char *what) {
+    int next = 0, started = 0, last = 0;
+    for (size_t i = 0; i < s->n; i++) {
+        const char *type = s->events[i].type;
+        CHECK(!last, "%s: %s after the end", what, type);
+        if (!strcmp(type, "started")) started++;
+        else CHECK(started == 1, "%s: %s before started", what, type);
+        if (!strcmp(type, "token")) CHECK_NUM(json_num(s->events[i].data, "i"), next++, what);
+        last = !strcmp(type, "end") || !strcmp(type, "error");
+        if (!strcmp(type, "end")) CHECK_NUM(json_num(s->events[i].data, "tokens_out"), next, what);
+    }
+    CHECK(started == 1 && last, "%s: %d times started, last event %s", what, started, stream_last(s));
+}
+
+static void note_times(const stream *s, sample *first, sample *gaps) {
+    if (stream_tokens(s)) sample_add(first, token_at(s, 0) - s->sent_at);
+    token_gaps(s, 0, 1e300, gaps);
+}
+
 static void test_mix(void) {
+    sample first = {0}, gaps = {0};
     for (int round = 0; round < rounds(); round++) {
         stream *s[MOST];
         char *fields[MOST];
@@ -90,13 +103,18 @@ static void test_mix(void) {
             fields[i] = random_fields();
             s[i] = execute(crowd(), "/execute", "", job_body(fields[i]));
             if (dice(4) == 0) nap_ms((int)dice(6));
+            pump_all(s, i + 1, 0);
         }
+        streams_finish(s, MOST, bound_ms(20000));
         for (int i = 0; i < MOST; i++) {
             CHECK(stream_finish(s[i], bound_ms(20000)), "job %d of round %d does not end", i, round);
+            check_events(s[i], text("job %d of round %d", i, round));
+            note_times(s[i], &first, &gaps);
             CHECK_TEXT(essence(s[i]), alone(fields[i]), text("job %d of round %d", i, round));
             conn_close(s[i]->c);
         }
     }
+    printf("# ms until the first token: %s\n# ms between tokens: %s\n", percentiles(&first), percentiles(&gaps));
     CHECK(metric(crowd(), "worker_cached_tokens_total", "") > 0, "no prefix was shared");
     CHECK(metric(crowd(), "worker_accepted_tokens_total", "") > 0, "no draft was right");
 }
@@ -125,6 +143,7 @@ static void test_mix_with_trouble(void) {
         for (int i = 0; i < MOST; i++) {
             if (!s[i]) continue;
             CHECK(stream_finish(s[i], bound_ms(20000)), "job %d of round %d does not end", i, round);
+            if (s[i]->r->status == 200) check_events(s[i], text("job %d of round %d", i, round));
             char *got = essence(s[i]), *want = alone(fields[i]);
             if (fate[i] > 2) CHECK_TEXT(got, want, text("job %d of round %d", i, round));
             else {
@@ -191,7 +210,95 @@ static void test_failover(void) {
     CHECK(seams > kills / 2, "only %d of the kills came in mid-stream", seams);
 }
 
+/* ==== Short forms of the measurements ========================================================= */
+
+static worker *slow_worker;
+
+static int slow(void) { /* a token takes milliseconds there */
+    if (!slow_worker)
+        slow_worker = ready_worker("--model", slow_model(), "--parallel", "4", "--queue", "64", "--max-tokens-out", "16000");
+    double end = now_ms() + bound_ms(10000);
+    while (json_type(health(slow_worker->port), "rates.decode_tokens_per_sec") != 'n' && now_ms() < end) nap_ms(5);
+    return slow_worker->port;
+}
+
+static void test_predictions(void) {
+    NEED_SLOW_MODEL();
+    dice_state = 11;
+    prediction p = predict(slow(), instrumented() ? 8 : 60, 6, 200, 40);
+    printf("# %d jobs: completion is %.0f%% off what was foreseen in the median, %.0f%% at p95\n", p.n, 100 * median(&p.error), 100 * percentile(&p.error, 0.95));
+    CHECK(p.failed == 0 && p.n > 0, "%d jobs failed, %d have an estimate", p.failed, p.n);
+    CHECK(instrumented() || (median(&p.bias) > 0.5 && median(&p.bias) < 2), "jobs take %.2f of what was foreseen", median(&p.bias));
+}
+
+static void test_deadlines(void) {
+    NEED_SLOW_MODEL();
+    dice_state = 12;
+    punctuality p = deadlines(slow(), instrumented() ? 8 : 60, 6, 100, 40);
+    printf("# %d refused, %d in time, %d ended by their deadline, ms beyond it: %s\n", p.refused, p.in_time, p.late, percentiles(&p.over_ms));
+    CHECK(p.refused + p.in_time > 0, "no job was refused, and none ended in time");
+    CHECK(!p.late || percentile(&p.over_ms, 1) < bound_ms(250), "a job ran %.0f ms beyond its deadline", percentile(&p.over_ms, 1));
+}
+
+/* A long prompt may delay the tokens of others by two slices of 20 ms. */
+static void test_long_prompt(void) {
+    NEED_SLOW_MODEL();
+    stream *s[4];
+    sample calm = {0}, busy = {0};
+    dice_state = 13;
+    for (int i = 0; i < 3; i++) s[i] = job(slow(), "'prompt':'%s','max_tokens':9000,'ignore_eos':true,'speculate':false", random_letters(20));
+    CHECK(streams_wait(s, 3, 40, bound_ms(20000)), "no tokens");
+    double from = now_ms();
+    for (int i = 0; i < 3; i++) token_gaps(s[i], 0, from, &calm);
+    s[3] = job(slow(), "'prompt':'%s','max_tokens':1", random_letters(6000));
+    for (double end = from + 1500; now_ms() < end && !stream_over(s[3]);) streams_pump(s, 4, 50);
+    for (int i = 0; i < 3; i++) token_gaps(s[i], from + 20, now_ms(), &busy);
+    for (int i = 0; i < 4; i++) cancel(slow(), s[i]->job_id);
+    CHECK(streams_finish(s, 4, bound_ms(5000)), "a job does not end");
+    printf("# ms between tokens: %s\n# during a long prompt: %s\n", percentiles(&calm), percentiles(&busy));
+    CHECK(busy.n > 10 && median(&busy) < median(&calm) + bound_ms(100), "tokens wait %.0f ms instead of %.0f", median(&busy), median(&calm));
+}
+
+static void test_idle(void) {
+    double end = now_ms() + bound_ms(20000), ms = 0;
+    while (json_type(health(crowd()), "fingerprint") != 's' && now_ms() < end) nap_ms(20);
+    health_wait(crowd(), "jobs.running", 0, bound_ms(1000));
+    ms = idle_cpu_ms(crowd(), 1500);
+    printf("# %.2f ms of CPU time in 1500 ms\n", ms);
+    CHECK(ms < bound_ms(15), "an idle worker takes %.1f ms of CPU time in 1500 ms", ms);
+}
+
+static void test_crowd(void) {
+    NEED_SLOW_MODEL();
+    worker *w = ready_worker("--model", slow_model(), "--parallel", "1", "--queue", "64", "--max-tokens-out", "16000");
+    sample calm = {0}, crowded = {0};
+    for (int i = 0; i < (instrumented() ? 1 : 5); i++) {
+        sample_add(&calm, gap_among(w->port, 40, 0, 0));
+        sample_add(&crowded, gap_among(w->port, 40, 64, 300));
+    }
+    printf("# ms between tokens: %.2f alone, %.2f with 64 jobs in the queue and 300 open connections\n", median(&calm), median(&crowded));
+    CHECK(median(&crowded) < median(&calm) * 1.5 + bound_ms(1), "tokens wait %.2f ms instead of %.2f", median(&crowded), median(&calm));
+    worker_end(w);
+}
+
+/* The CPU time of all jobs is that of the process. */
+static void test_cpu_account(void) {
+    NEED_SLOW_MODEL();
+    slow();
+    double before = metric(slow(), "worker_cpu_seconds_total", ""), sum = 0;
+    stream *s[6];
+    for (int i = 0; i < 6; i++) s[i] = job(slow(), "'prompt':'%s','max_tokens':%d,'ignore_eos':true", random_letters(100), instrumented() ? 3 : 30);
+    CHECK(streams_finish(s, 6, bound_ms(30000)), "a job does not end");
+    double spent = (metric(slow(), "worker_cpu_seconds_total", "") - before) * 1e3;
+    for (int i = 0; i < 6; i++) sum += json_num(stream_last(s[i]), "cpu_ms");
+    printf("# the process spent %.1f ms of CPU time, the jobs were charged with %.1f\n", spent, sum);
+    CHECK(sum <= spent && sum > 0.9 * spent, "the process spent %.1f ms of CPU time, the jobs were charged with %.1f", spent, sum);
+}
+
 static void test_shared_end(void) {
+    worker_end(slow_worker);
+    slow_worker = NULL;
+
     worker_end(crowd_worker);
     worker_end(calm_worker);
     crowd_worker = calm_worker = NULL;
@@ -201,6 +308,12 @@ static const test tests[] = {
     {"48 jobs at once give the streams that each gives alone [M0-W-1301] [SYS-7.5]", test_mix},
     {"the same amid cancels, lost clients and deadlines [SYS-6.3.5]", test_mix_with_trouble},
     {"100 workers killed in mid-stream leave no seam [SYS-7.3] [SYS-7.5]", test_failover},
+    {"completion is foreseen", test_predictions},
+    {"no accepted job overruns its deadline [SYS-7.3]", test_deadlines},
+    {"a long prompt delays the tokens of others by little", test_long_prompt},
+    {"an idle worker uses no CPU time", test_idle},
+    {"a full queue and open connections delay no token", test_crowd},
+    {"jobs are charged what the process spends", test_cpu_account},
     {"the shared workers end with 0 [SYS-7.2]", test_shared_end},
 };
 
