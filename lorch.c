@@ -2247,6 +2247,10 @@ LORCH_INLINE F FN(f_fma)(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (
 LORCH_INLINE F FN(f_max)(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); } /* a > b ? a : b */
 LORCH_INLINE F FN(f_min)(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
 LORCH_INLINE F FN(f_half)(const void *p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+LORCH_INLINE V FN(v_table)(const int8_t *table, uint8_t offset, V v) { /* table[byte] + offset, for each byte below 16 */
+    __m128i t = _mm_add_epi8(_mm_loadu_si128((const void *)table), _mm_set1_epi8((char)offset));
+    return (V)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), (__m512i)v);
+}
 LORCH_INLINE F FN(f_half_low)(V v) { return (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)v)); }
 LORCH_INLINE __m512i FN(v_gather)(const char *p, const char *q, const char *r, const char *t) {
     __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
@@ -2283,6 +2287,10 @@ LORCH_INLINE F FN(f_fma)(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (
 LORCH_INLINE F FN(f_max)(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
 LORCH_INLINE F FN(f_min)(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 LORCH_INLINE F FN(f_half)(const void *p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+LORCH_INLINE V FN(v_table)(const int8_t *table, uint8_t offset, V v) {
+    __m128i t = _mm_add_epi8(_mm_loadu_si128((const void *)table), _mm_set1_epi8((char)offset));
+    return (V)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), (__m256i)v);
+}
 LORCH_INLINE F FN(f_half_low)(V v) {
     __m256i low = (__m256i)(v & 0xffff);
     return (F)_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 8)));
@@ -2314,6 +2322,9 @@ LORCH_INLINE F FN(f_fma)(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (f
 LORCH_INLINE F FN(f_max)(F a, F b) { return (F)vbslq_f32(vcgtq_f32((float32x4_t)a, (float32x4_t)b), (float32x4_t)a, (float32x4_t)b); }
 LORCH_INLINE F FN(f_min)(F a, F b) { return (F)vbslq_f32(vcltq_f32((float32x4_t)a, (float32x4_t)b), (float32x4_t)a, (float32x4_t)b); }
 LORCH_INLINE F FN(f_half)(const void *p) { return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+LORCH_INLINE V FN(v_table)(const int8_t *table, uint8_t offset, V v) {
+    return (V)vqtbl1q_u8(vaddq_u8(vreinterpretq_u8_s8(vld1q_s8(table)), vdupq_n_u8(offset)), (uint8x16_t)v);
+}
 LORCH_INLINE F FN(f_half_low)(V v) { return (F)vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32((uint32x4_t)v))); }
 LORCH_INLINE FN(mat_four) FN(v_turn)(const char *p, size_t s) {
     int32x4_t a = (int32x4_t)FN(v_load)(p), b = (int32x4_t)FN(v_load)(p + s);
@@ -2367,6 +2378,11 @@ LORCH_INLINE F FN(f_half)(const void *p) {
     V v = {0};
     for (int i = 0; i < LANES; i++) v[i] = ((const uint16_t *)p)[i];
     return FN(f_half_low)(v);
+}
+LORCH_INLINE V FN(v_table)(const int8_t *table, uint8_t offset, V v) {
+    FN(mat_bytes) b = (FN(mat_bytes))v;
+    for (int i = 0; i < 4 * LANES; i++) b[i] = (uint8_t)(table[b[i] & 15] + offset);
+    return (V)b;
 }
 LORCH_INLINE FN(mat_four) FN(v_turn)(const char *p, size_t s) {
     V a = FN(v_load)(p), b = FN(v_load)(p + s), c = FN(v_load)(p + 2 * s), d = FN(v_load)(p + 3 * s);
@@ -2457,25 +2473,42 @@ typedef struct {
     int pairs;  /* of mins: 0, 4 or 8; with BLOCKS 0 or 1 */
     int wide;   /* codes over 6 bits */
     int shift;  /* codes are offset by 1 << shift, if there are no mins */
+    int blocks; /* BLOCKS, not SUPERBLOCKS */
 } FN(mat_shape);
 
-/* Any format: each row is unpacked by itself, then the rows are turned. Rows past the end repeat the last. */
-LORCH_INLINE void FN(mat_fill)(FN(mat_tile) *o, const mat_product *p, int64_t row, int64_t slice, FN(mat_shape) s, int bytes,
-                               int block, void (*unpack)(const void *, quant_block *)) {
+/* A chain of 5-bit codes in int16 ends after 4 dots. */
+enum { FN(MAT_CHAIN5) = MAT_PAIRED ? 4 : 8 };
+
+LORCH_INLINE FN(mat_shape) FN(mat_shape_of)(int type) {
+    switch (type) {
+    case QUANT_Q4_0: return (FN(mat_shape)){8, 0, 0, 3, 1};
+    case QUANT_Q5_0: case QUANT_MXFP4: return (FN(mat_shape)){8, 0, 0, 4, 1};
+    case QUANT_Q8_0: case QUANT_IQ4_NL: return (FN(mat_shape)){8, 0, 1, 7, 1};
+    case QUANT_Q4_1: case QUANT_Q5_1: return (FN(mat_shape)){FN(MAT_CHAIN5), 1, 0, 0, 1};
+    case QUANT_Q4_K: return (FN(mat_shape)){8, 4, 0, 0, 0};
+    case QUANT_Q5_K: return (FN(mat_shape)){FN(MAT_CHAIN5), 4, 0, 0, 0};
+    case QUANT_Q2_K: return (FN(mat_shape)){4, 8, 0, 0, 0};
+    case QUANT_Q3_K: return (FN(mat_shape)){4, 0, 0, 2, 0};
+    case QUANT_Q6_K: return (FN(mat_shape)){4, 0, 0, 5, 0};
+    default: return (FN(mat_shape)){4, 0, 1, 7, 0}; /* IQ4_XS */
+    }
+}
+
+/* Rows at a matrix's end, which fill no tile: each is unpacked by itself, then they are turned; the last is repeated. */
+static void FN(mat_fill_any)(FN(mat_tile) *o, const mat_product *p, int64_t row, int64_t slice, FN(mat_shape) s, int blocks) {
     int8_t codes[LANES][256];
-    int64_t per_row = p->act->n / block;
-    int blocks = block == 256 || p->act->n / 32 - slice * 8 > 8 ? 8 : (int)(p->act->n / 32 - slice * 8);
+    const quant_format *f = p->format;
     quant_block b;
     for (int r = 0; r < LANES; r++) {
-        const char *w = p->weights + ((row + r < p->n_rows ? row + r : p->n_rows - 1) * per_row + slice * (256 / block)) * bytes;
-        if (block == 32)
-            for (int i = 0; i < blocks; i++, w += bytes) {
-                unpack(w, &b);
+        const char *w = p->weights + (size_t)(row + r < p->n_rows ? row + r : p->n_rows - 1) * quant_row_bytes(f, p->act->n) + quant_row_bytes(f, slice * 256);
+        if (s.blocks)
+            for (int i = 0; i < blocks; i++, w += f->bytes) {
+                f->unpack(w, &b);
                 memcpy(codes[r] + 32 * i, b.q, 32);
                 o->d[i][r] = b.d, o->dmin[i][r] = s.pairs ? b.dmin : 0;
             }
         else {
-            unpack(w, &b);
+            f->unpack(w, &b);
             memcpy(codes[r], b.q, 256);
             for (int j = 0; j < 64 / s.chain; j++)
                 o->scale[j][r] = MAT_PAIRED ? (b.scale[j * s.chain / 4] & 0xffff) | b.scale[j * s.chain / 4] * 65536 : b.scale[j * s.chain / 4];
@@ -2491,88 +2524,6 @@ LORCH_INLINE void FN(mat_fill)(FN(mat_tile) *o, const mat_product *p, int64_t ro
     }
 }
 
-/* The hot formats are turned first and unpacked then, LANES rows at once. `stride` leads from row to row. */
-
-LORCH_INLINE void FN(mat_put)(int32_t (*q)[LANES], V a, V b, V c, V d) { STORE(q[0], a), STORE(q[1], b), STORE(q[2], c), STORE(q[3], d); }
-
-/* Q4_K's header: see quant_unpack_scales_k4. scale[8], min[4], d and dmin are filled in. */
-LORCH_INLINE void FN(mat_head_k4)(FN(mat_tile) *o, const char *w, size_t stride) {
-    FN(mat_four) h = FN(v_turn)(w, stride);
-    V s0 = h.b & 0x3f3f3f3f, s1 = FN(v_low)(h.d) | (h.b >> 2 & 0x30303030);
-    V m0 = h.c & 0x3f3f3f3f, m1 = FN(v_high)(h.d) | (h.c >> 2 & 0x30303030);
-    STORE(o->scale[0], FN(v_scale)(s0 & 255)), STORE(o->scale[1], FN(v_scale)(s0 >> 8 & 255));
-    STORE(o->scale[2], FN(v_scale)(s0 >> 16 & 255)), STORE(o->scale[3], FN(v_scale)(s0 >> 24));
-    STORE(o->scale[4], FN(v_scale)(s1 & 255)), STORE(o->scale[5], FN(v_scale)(s1 >> 8 & 255));
-    STORE(o->scale[6], FN(v_scale)(s1 >> 16 & 255)), STORE(o->scale[7], FN(v_scale)(s1 >> 24));
-    STORE(o->min[0], (m0 & 255) | (m0 & 0xff00) << 8), STORE(o->min[1], (m0 >> 16 & 255) | (m0 >> 8 & 0xff0000));
-    STORE(o->min[2], (m1 & 255) | (m1 & 0xff00) << 8), STORE(o->min[3], (m1 >> 16 & 255) | (m1 >> 8 & 0xff0000));
-    FN(f_store)(o->d[0], FN(f_half_low)(h.a)), FN(f_store)(o->dmin[0], FN(f_half_low)(h.a >> 16));
-}
-
-LORCH_INLINE void FN(mat_fill_q4_k)(FN(mat_tile) *o, const char *w, size_t stride) {
-    FN(mat_head_k4)(o, w, stride);
-    for (int i = 0; i < 8; i++) { /* 16 bytes: 16 weights in low nibbles, and those 32 further on in high ones */
-        FN(mat_four) t = FN(v_turn)(w + 16 + 16 * i, stride);
-        int k = i / 2 * 16 + i % 2 * 4;
-        FN(mat_put)(o->q + k, FN(v_low)(t.a), FN(v_low)(t.b), FN(v_low)(t.c), FN(v_low)(t.d));
-        FN(mat_put)(o->q + k + 8, FN(v_high)(t.a), FN(v_high)(t.b), FN(v_high)(t.c), FN(v_high)(t.d));
-    }
-}
-
-LORCH_INLINE void FN(mat_head_q6_k)(FN(mat_tile) *o, const char *w, size_t stride) { /* scale[16] and d */
-    FN(mat_four) h = FN(v_turn)(w + offsetof(quant_q6_k, scales), stride);
-#define FOUR(j, v) \
-    STORE(o->scale[j], FN(v_scale)(v << 24 >> 24)), STORE(o->scale[j + 1], FN(v_scale)(v << 16 >> 24)); \
-    STORE(o->scale[j + 2], FN(v_scale)(v << 8 >> 24)), STORE(o->scale[j + 3], FN(v_scale)(v >> 24));
-    FOUR(0, h.a) FOUR(4, h.b) FOUR(8, h.c) FOUR(12, h.d)
-#undef FOUR
-    FN(f_store)(o->d[0], FN(f_halves)(w + offsetof(quant_q6_k, d), stride));
-}
-
-/* Q6_K: 16 columns in each quarter of half a superblock: the low nibbles of l0 and l1, then the high ones,
- * with two bits each of h above them. */
-#define Q6_CODES(x0, x1, x2, x3, l0, l1, h) \
-    V x0 = FN(v_codes)(FN(v_low)(l0) | (h << 4 & 0x30303030), 5), x1 = FN(v_codes)(FN(v_low)(l1) | (h << 2 & 0x30303030), 5), \
-      x2 = FN(v_codes)(FN(v_high)(l0) | (h & 0x30303030), 5), x3 = FN(v_codes)(FN(v_high)(l1) | (h >> 2 & 0x30303030), 5);
-
-LORCH_INLINE void FN(mat_fill_q6_k)(FN(mat_tile) *o, const char *w, size_t stride) {
-    FN(mat_head_q6_k)(o, w, stride);
-    for (int i = 0; i < 4; i++) {
-        const char *low = w + i / 2 * 64 + i % 2 * 16;
-        FN(mat_four) l = FN(v_turn)(low, stride), m = FN(v_turn)(low + 32, stride), h = FN(v_turn)(w + 128 + i * 16, stride);
-        int32_t(*q)[LANES] = o->q + i / 2 * 32 + i % 2 * 4;
-#define COLUMN(n, f) { Q6_CODES(x0, x1, x2, x3, l.f, m.f, h.f) STORE(q[n], x0), STORE(q[8 + n], x1), STORE(q[16 + n], x2), STORE(q[24 + n], x3); }
-        COLUMN(0, a) COLUMN(1, b) COLUMN(2, c) COLUMN(3, d)
-#undef COLUMN
-    }
-}
-
-LORCH_INLINE void FN(mat_fill_q8_0)(FN(mat_tile) *o, const char *w, size_t stride) {
-    for (int i = 0; i < 16; i++) {
-        const char *b = w + (size_t)(i / 2) * sizeof(quant_q8_0);
-        FN(mat_four) t = FN(v_turn)(b + 2 + i % 2 * 16, stride);
-        FN(mat_put)(o->q + 4 * i, FN(v_wide_codes)(t.a), FN(v_wide_codes)(t.b), FN(v_wide_codes)(t.c), FN(v_wide_codes)(t.d));
-        if (i % 2) FN(f_store)(o->d[i / 2], FN(f_halves)(b, stride));
-    }
-}
-
-LORCH_INLINE void FN(mat_fill_q4_0)(FN(mat_tile) *o, const char *w, size_t stride) {
-    for (int i = 0; i < 8; i++, w += sizeof(quant_q4_0)) {
-        FN(mat_four) t = FN(v_turn)(w + 2, stride);
-#define LOW(v) FN(v_codes)(FN(v_low)(v), 3)
-#define HIGH(v) FN(v_codes)(FN(v_high)(v), 3)
-        FN(mat_put)(o->q + 8 * i, LOW(t.a), LOW(t.b), LOW(t.c), LOW(t.d));
-        FN(mat_put)(o->q + 8 * i + 4, HIGH(t.a), HIGH(t.b), HIGH(t.c), HIGH(t.d));
-        FN(f_store)(o->d[i], FN(f_halves)(w, stride));
-    }
-}
-
-/* ---- micro-kernels: two tiles against up to six tokens. gcc keeps named sums in registers, arrays not ---- */
-
-#define EVERY(S) S(0) S(1) S(2) S(3) S(4) S(5)
-#define EACH(S) \
-    { S(0) } if (tokens > 1) { S(1) } if (tokens > 2) { S(2) } if (tokens > 3) { S(3) } if (tokens > 4) { S(4) } if (tokens > 5) { S(5) }
-
 LORCH_INLINE F FN(mat_super_value)(const FN(mat_tile) *w, V dot, const mat_x *x, int pairs) {
     F f = TILE_F(w->d[0]) * FN(f_int)(dot);
     if (!pairs) return f;
@@ -2581,6 +2532,278 @@ LORCH_INLINE F FN(mat_super_value)(const FN(mat_tile) *w, V dot, const mat_x *x,
     LORCH_UNROLL for (int i = 0; i < pairs; i++) m = FN(v_pairs)(m, TILE(w->min[i]), FN(v_at)(sum + 2 * i));
     return FN(f_fma)(-TILE_F(w->dmin[0]), FN(f_int)(m), f);
 }
+
+/* ---- unpacking LANES rows at once: they are turned first, and their codes then go where the sink says ---- */
+
+/* Into a tile; or, of one token, straight into its sums: `sum` of a superblock, or of a block, which ends in `acc`. */
+typedef struct {
+    FN(mat_shape) shape;
+    FN(mat_tile) *tile; /* with one token, of SUPERBLOCKS: their scales, mins, d and dmin */
+    const mat_x *x;     /* NULL: fill the tile */
+    const char *next;   /* what is fetched meanwhile: LANES times bytes for each block */
+    V sum;
+    F acc, d, dmin;
+    int bytes;
+} FN(mat_sink);
+
+/* Part i of `parts` of LANES blocks. All fetches at once would hold up the loads, and so the compiler (gcc
+ * moves them to the head of a loop) is told that each has to do with the sum that is passed through. */
+LORCH_INLINE V FN(mat_fetch_part)(V sum, const char *p, int block, int i, int parts) {
+    int lines = (LANES * block + 63) / 64, from = lines * i / parts, to = lines * (i + 1) / parts;
+#if LANES >= 8
+    LORCH_UNROLL for (int n = from; n < to; n++) __asm__("prefetcht0 %1" : "+v"(sum) : "m"(p[64 * n]));
+#else
+    for (int n = from; n < to; n++) __builtin_prefetch(p + 64 * n);
+#endif
+    return sum;
+}
+
+LORCH_INLINE F FN(mat_block_value)(F acc, V dot, F d, F dmin, const mat_x *x, int j, int mins) {
+    F dx = FN(f_all)(x->u.block.d[j]);
+    if (!mins) return FN(f_fma)(FN(f_int)(dot), d * dx, acc);
+    return FN(f_fma)(dx, FN(f_fma)(-dmin, FN(f_all)(x->u.block.sum[j]), d * FN(f_int)(dot)), acc);
+}
+
+/* Takes the codes of columns 16 * j and on. */
+LORCH_INLINE void FN(mat_take)(FN(mat_sink) *o, int j, V a, V b, V c, V d) {
+    FN(mat_shape) s = o->shape;
+    if (!o->x) {
+        STORE(o->tile->q[4 * j], a), STORE(o->tile->q[4 * j + 1], b), STORE(o->tile->q[4 * j + 2], c), STORE(o->tile->q[4 * j + 3], d);
+        return;
+    }
+    int wide = s.wide && MAT_PAIRED, offset = !s.pairs && !wide, each = s.blocks ? 2 : 16;
+    const int8_t *q = o->x->q + 16 * j;
+    V chain = {0};
+    if (offset && !(s.blocks && j % 2)) chain = FN(v_start)(o->x->start[s.blocks ? j / 2 : j], s.shift);
+    chain = FN(mat_fetch_part)(chain, o->next, o->bytes, j % each, each);
+#define DOT(v, n) chain = wide ? FN(v_dot_wide)(chain, v, FN(v_at)(q + 4 * n)) : FN(v_dot)(chain, v, FN(v_at)(q + 4 * n))
+    DOT(a, 0), DOT(b, 1), DOT(c, 2), DOT(d, 3);
+#undef DOT
+    if (s.blocks) {
+        V sum = j % 2 ? o->sum : (V){0};
+        o->sum = wide ? FN(v_summed_wide)(sum, chain) : FN(v_summed)(sum, chain);
+        if (j % 2) o->acc = FN(mat_block_value)(o->acc, o->sum, o->d, o->dmin, o->x, j / 2, s.pairs);
+    } else {
+        V scale = TILE(o->tile->scale[s.chain == 8 ? j / 2 : j]);
+        o->sum = wide ? FN(v_scaled_wide)(o->sum, chain, scale) : FN(v_scaled)(o->sum, chain, scale);
+    }
+}
+
+/* BLOCKS: the scale of block i, and its minimum (negated), before its codes. */
+LORCH_INLINE void FN(mat_take_scale)(FN(mat_sink) *o, int i, F d, F dmin) {
+    o->d = d, o->dmin = dmin;
+    if (o->x) return;
+    FN(f_store)(o->tile->d[i], d);
+    if (o->shape.pairs) FN(f_store)(o->tile->dmin[i], dmin);
+}
+
+/* Codes as the level wants them: v unsigned ones less 1 << shift, or what v stands for in a table of 16 numbers. */
+LORCH_INLINE V FN(v_stands_for)(V v, const int8_t *table, FN(mat_shape) s) {
+    return FN(v_table)(table, MAT_SIGNED || (s.wide && MAT_PAIRED) ? 0 : (uint8_t)(1 << s.shift), v);
+}
+
+LORCH_INLINE void FN(mat_take_nibbles)(FN(mat_sink) *o, int low, int high, FN(mat_four) t, const int8_t *table) {
+    FN(mat_shape) s = o->shape;
+#define CODE(v) (table ? FN(v_stands_for)(v, table, s) : s.pairs ? (v) : FN(v_codes)(v, s.shift))
+    FN(mat_take)(o, low, CODE(FN(v_low)(t.a)), CODE(FN(v_low)(t.b)), CODE(FN(v_low)(t.c)), CODE(FN(v_low)(t.d)));
+    FN(mat_take)(o, high, CODE(FN(v_high)(t.a)), CODE(FN(v_high)(t.b)), CODE(FN(v_high)(t.c)), CODE(FN(v_high)(t.d)));
+#undef CODE
+}
+
+/* The same with a bit above each nibble: bits 4k to 4k + 3 of `high` belong to the k-th four columns. */
+LORCH_INLINE void FN(mat_take_fifth)(FN(mat_sink) *o, int j, FN(mat_four) t, V high) {
+    FN(mat_shape) s = o->shape;
+#define FIFTH(k) ((high >> 4 * (k) & 15) * 0x02040810 & 0x10101010)
+#define CODE(v, k) (s.pairs ? (v) | FIFTH(k) : FN(v_codes)((v) | FIFTH(k), s.shift))
+    FN(mat_take)(o, j, CODE(FN(v_low)(t.a), 0), CODE(FN(v_low)(t.b), 1), CODE(FN(v_low)(t.c), 2), CODE(FN(v_low)(t.d), 3));
+    FN(mat_take)(o, j + 1, CODE(FN(v_high)(t.a), 4), CODE(FN(v_high)(t.b), 5), CODE(FN(v_high)(t.c), 6), CODE(FN(v_high)(t.d), 7));
+#undef FIFTH
+#undef CODE
+}
+
+/* Block i of a row of BLOCKS, at w in the first of the rows; `stride` leads from row to row. */
+LORCH_INLINE void FN(mat_take_block)(FN(mat_sink) *o, int type, int i, const char *w, size_t stride) {
+    FN(mat_four) h = {{0}, {0}, {0}, {0}}, t, u;
+    if (type == QUANT_Q4_1 || type == QUANT_Q5_0 || type == QUANT_Q5_1 || type == QUANT_MXFP4) h = FN(v_turn)(w, stride);
+    if (type == QUANT_Q4_1 || type == QUANT_Q5_1) FN(mat_take_scale)(o, i, FN(f_half_low)(h.a), -FN(f_half_low)(h.a >> 16));
+    else if (type == QUANT_Q5_0) FN(mat_take_scale)(o, i, FN(f_half_low)(h.a), (F){0});
+    else if (type == QUANT_MXFP4) { /* 2^(e - 128): a denormal below 2^-126 */
+        V e = h.a & 255, tiny = e < 2;
+        FN(mat_take_scale)(o, i, (F)((tiny & FN(v_all)(0x200000) << (e & 1)) | (~tiny & (e - 1) << 23)), (F){0});
+    } else FN(mat_take_scale)(o, i, FN(f_halves)(w, stride), (F){0});
+    t = FN(v_turn)(w + quant_formats[type].bytes - (type == QUANT_Q8_0 ? 32 : 16), stride);
+    switch (type) {
+    case QUANT_Q5_0: FN(mat_take_fifth)(o, 2 * i, t, (h.a >> 16 & 0xffff) | h.b << 16); break;
+    case QUANT_Q5_1: FN(mat_take_fifth)(o, 2 * i, t, h.b); break;
+    case QUANT_Q8_0:
+        u = FN(v_turn)(w + 18, stride);
+        FN(mat_take)(o, 2 * i, FN(v_wide_codes)(t.a), FN(v_wide_codes)(t.b), FN(v_wide_codes)(t.c), FN(v_wide_codes)(t.d));
+        FN(mat_take)(o, 2 * i + 1, FN(v_wide_codes)(u.a), FN(v_wide_codes)(u.b), FN(v_wide_codes)(u.c), FN(v_wide_codes)(u.d));
+        break;
+    default: FN(mat_take_nibbles)(o, 2 * i, 2 * i + 1, t, type == QUANT_IQ4_NL ? quant_curve : type == QUANT_MXFP4 ? quant_fp4 : NULL);
+    }
+}
+
+/* Four scales, the bytes of each lane of v, signed; each once or twice. */
+LORCH_INLINE void FN(mat_put_scales)(FN(mat_tile) *o, int j, V v, int times) {
+    V a = FN(v_scale)(v << 24 >> 24), b = FN(v_scale)(v << 16 >> 24), c = FN(v_scale)(v << 8 >> 24), d = FN(v_scale)(v >> 24);
+    j *= times;
+    STORE(o->scale[j], a), STORE(o->scale[j + times], b), STORE(o->scale[j + 2 * times], c), STORE(o->scale[j + 3 * times], d);
+    if (times == 2) STORE(o->scale[j + 1], a), STORE(o->scale[j + 3], b), STORE(o->scale[j + 5], c), STORE(o->scale[j + 7], d);
+}
+
+LORCH_INLINE void FN(mat_put_mins)(FN(mat_tile) *o, int j, V v) { /* four mins, in two pairs */
+    STORE(o->min[j], (v & 255) | (v & 0xff00) << 8), STORE(o->min[j + 1], (v >> 16 & 255) | (v >> 8 & 0xff0000));
+}
+
+/* The scales, mins, d and dmin of a superblock: see quant_unpack_*. */
+LORCH_INLINE void FN(mat_head)(FN(mat_tile) *o, int type, const char *w, size_t stride) {
+    FN(mat_four) h;
+    int times = type == QUANT_Q5_K ? 8 / FN(MAT_CHAIN5) : 1;
+    switch (type) {
+    case QUANT_Q4_K: case QUANT_Q5_K:
+        h = FN(v_turn)(w, stride);
+        FN(mat_put_scales)(o, 0, h.b & 0x3f3f3f3f, times), FN(mat_put_scales)(o, 4, FN(v_low)(h.d) | (h.b >> 2 & 0x30303030), times);
+        FN(mat_put_mins)(o, 0, h.c & 0x3f3f3f3f), FN(mat_put_mins)(o, 2, FN(v_high)(h.d) | (h.c >> 2 & 0x30303030));
+        FN(f_store)(o->d[0], FN(f_half_low)(h.a)), FN(f_store)(o->dmin[0], FN(f_half_low)(h.a >> 16));
+        return;
+    case QUANT_Q2_K:
+        h = FN(v_turn)(w, stride);
+        FN(mat_put_scales)(o, 0, FN(v_low)(h.a), 1), FN(mat_put_scales)(o, 4, FN(v_low)(h.b), 1);
+        FN(mat_put_scales)(o, 8, FN(v_low)(h.c), 1), FN(mat_put_scales)(o, 12, FN(v_low)(h.d), 1);
+        FN(mat_put_mins)(o, 0, FN(v_high)(h.a)), FN(mat_put_mins)(o, 2, FN(v_high)(h.b));
+        FN(mat_put_mins)(o, 4, FN(v_high)(h.c)), FN(mat_put_mins)(o, 6, FN(v_high)(h.d));
+        h = FN(v_turn)(w + sizeof(quant_q2_k) - 16, stride);
+        FN(f_store)(o->d[0], FN(f_half_low)(h.d)), FN(f_store)(o->dmin[0], FN(f_half_low)(h.d >> 16));
+        return;
+    case QUANT_Q3_K:
+        h = FN(v_turn)(w + offsetof(quant_q3_k, scales) - 4, stride);
+#define SIX(low, shift) (V)((FN(mat_bytes))((low) | (h.d >> (shift) & 0x03030303) << 4) - 32)
+        FN(mat_put_scales)(o, 0, SIX(FN(v_low)(h.b), 0), 1), FN(mat_put_scales)(o, 4, SIX(FN(v_low)(h.c), 2), 1);
+        FN(mat_put_scales)(o, 8, SIX(FN(v_high)(h.b), 4), 1), FN(mat_put_scales)(o, 12, SIX(FN(v_high)(h.c), 6), 1);
+#undef SIX
+        FN(f_store)(o->d[0], FN(f_halves)(w + offsetof(quant_q3_k, d), stride));
+        return;
+    case QUANT_IQ4_XS:
+        h = FN(v_turn)(w, stride);
+        LORCH_UNROLL for (int c = 0; c < 8; c++) {
+            V scale = FN(v_scale)(((h.b >> 4 * c & 15) | (h.a >> (16 + 2 * c) & 3) << 4) - 32);
+            STORE(o->scale[2 * c], scale), STORE(o->scale[2 * c + 1], scale);
+        }
+        FN(f_store)(o->d[0], FN(f_half_low)(h.a));
+        return;
+    default: /* Q6_K */
+        h = FN(v_turn)(w + offsetof(quant_q6_k, scales), stride);
+        FN(mat_put_scales)(o, 0, h.a, 1), FN(mat_put_scales)(o, 4, h.b, 1), FN(mat_put_scales)(o, 8, h.c, 1), FN(mat_put_scales)(o, 12, h.d, 1);
+        FN(f_store)(o->d[0], FN(f_halves)(w + offsetof(quant_q6_k, d), stride));
+    }
+}
+
+/* Part p of 2 of the columns of Q2_K (then h is not looked at), Q3_K or Q5_K, 16 of each 32. */
+LORCH_INLINE void FN(mat_take_bits)(FN(mat_sink) *o, int type, int p, const char *q, size_t stride, FN(mat_four) h) {
+    FN(mat_four) t;
+    if (type == QUANT_Q5_K) {
+        LORCH_UNROLL for (int c = 0; c < 4; c++) {
+            t = FN(v_turn)(q + 32 * c + 16 * p, stride);
+#define LOW(f) (FN(v_low)(t.f) | (h.f >> 2 * c & 0x01010101) << 4)
+#define HIGH(f) (FN(v_high)(t.f) | (h.f >> (2 * c + 1) & 0x01010101) << 4)
+            FN(mat_take)(o, 4 * c + p, LOW(a), LOW(b), LOW(c), LOW(d));
+            FN(mat_take)(o, 4 * c + 2 + p, HIGH(a), HIGH(b), HIGH(c), HIGH(d));
+#undef LOW
+#undef HIGH
+        }
+        return;
+    }
+    LORCH_UNROLL for (int half = 0; half < 2; half++) {
+        t = FN(v_turn)(q + 32 * half + 16 * p, stride);
+        LORCH_UNROLL for (int c = 0; c < 4; c++) {
+#define TWO(f) (t.f >> 2 * c & 0x03030303)
+#define THREE(f) FN(v_codes)(TWO(f) | (h.f >> (4 * half + c) & 0x01010101) << 2, 2)
+            if (type == QUANT_Q2_K) FN(mat_take)(o, 8 * half + 2 * c + p, TWO(a), TWO(b), TWO(c), TWO(d));
+            else FN(mat_take)(o, 8 * half + 2 * c + p, THREE(a), THREE(b), THREE(c), THREE(d));
+#undef TWO
+#undef THREE
+        }
+    }
+}
+
+/* Q6_K: 16 columns in each quarter of half a superblock: the low nibbles of l and m, then the high ones,
+ * with two bits each of h above them. */
+LORCH_INLINE void FN(mat_take_q6_k)(FN(mat_sink) *o, int i, const char *w, size_t stride) {
+    const char *low = w + i / 2 * 64 + i % 2 * 16;
+    FN(mat_four) l = FN(v_turn)(low, stride), m = FN(v_turn)(low + 32, stride), h = FN(v_turn)(w + 128 + i * 16, stride);
+    int j = i / 2 * 8 + i % 2;
+#define TAKE(at, CODE) FN(mat_take)(o, j + at, FN(v_codes)(CODE(a), 5), FN(v_codes)(CODE(b), 5), FN(v_codes)(CODE(c), 5), FN(v_codes)(CODE(d), 5));
+#define CODE0(f) FN(v_low)(l.f) | (h.f << 4 & 0x30303030)
+#define CODE1(f) FN(v_low)(m.f) | (h.f << 2 & 0x30303030)
+#define CODE2(f) FN(v_high)(l.f) | (h.f & 0x30303030)
+#define CODE3(f) FN(v_high)(m.f) | (h.f >> 2 & 0x30303030)
+    TAKE(0, CODE0) TAKE(2, CODE1) TAKE(4, CODE2) TAKE(6, CODE3)
+#undef TAKE
+#undef CODE0
+#undef CODE1
+#undef CODE2
+#undef CODE3
+}
+
+LORCH_INLINE void FN(mat_take_super)(FN(mat_sink) *o, int type, const char *w, size_t stride) { /* after mat_head */
+    FN(mat_four) h = {{0}, {0}, {0}, {0}};
+    switch (type) {
+    case QUANT_Q4_K: /* 16 bytes: 16 weights in low nibbles, and those 32 further on in high ones */
+        LORCH_UNROLL for (int i = 0; i < 8; i++)
+            FN(mat_take_nibbles)(o, i / 2 * 4 + i % 2, i / 2 * 4 + i % 2 + 2, FN(v_turn)(w + offsetof(quant_q4_k, q) + 16 * i, stride), NULL);
+        break;
+    case QUANT_IQ4_XS:
+        LORCH_UNROLL for (int i = 0; i < 8; i++)
+            FN(mat_take_nibbles)(o, 2 * i, 2 * i + 1, FN(v_turn)(w + offsetof(quant_iq4_xs, q) + 16 * i, stride), quant_curve);
+        break;
+    case QUANT_Q6_K:
+        LORCH_UNROLL for (int i = 0; i < 4; i++) FN(mat_take_q6_k)(o, i, w, stride);
+        break;
+    default:
+        LORCH_UNROLL for (int p = 0; p < 2; p++) {
+            size_t q = type == QUANT_Q2_K ? offsetof(quant_q2_k, q) : type == QUANT_Q3_K ? offsetof(quant_q3_k, q) : offsetof(quant_q5_k, q);
+            if (type == QUANT_Q3_K) h = FN(v_turn)(w + 16 * p, stride);
+            if (type == QUANT_Q5_K) h = FN(v_turn)(w + offsetof(quant_q5_k, high) + 16 * p, stride);
+            FN(mat_take_bits)(o, type, p, w + q, stride, h);
+        }
+    }
+}
+
+/* Unpacks 256 columns, or the first `blocks` BLOCKS of them. */
+LORCH_INLINE void FN(mat_fill)(int type, FN(mat_tile) *to, const char *w, size_t stride, int blocks) {
+    FN(mat_sink) o = {FN(mat_shape_of)(type), to, NULL, NULL, {0}, {0}, {0}, {0}, 0};
+    if (o.shape.blocks)
+        for (int i = 0; i < blocks; i++, w += quant_formats[type].bytes) FN(mat_take_block)(&o, type, i, w, stride);
+    else FN(mat_head)(to, type, w, stride), FN(mat_take_super)(&o, type, w, stride);
+}
+
+/* The products of LANES rows with one token, in registers. `next` is fetched meanwhile: in a straight line and as
+ * many bytes, a block's share with each block, for memory is fastest so. */
+LORCH_INLINE F FN(mat_one)(int type, const char *w, const char *next, size_t stride, const mat_x *x, int64_t n) {
+    int bytes = quant_formats[type].bytes;
+    FN(mat_tile) head;
+    FN(mat_sink) o = {FN(mat_shape_of)(type), &head, x, next, {0}, {0}, {0}, {0}, bytes};
+    if (o.shape.blocks)
+        for (int64_t b = 0; b < n / 32; b++, w += bytes, o.next += LANES * bytes) {
+            o.x = x + b / 8;
+            FN(mat_take_block)(&o, type, (int)(b % 8), w, stride);
+        }
+    else
+        for (int64_t b = 0; b < n / 256; b++, w += bytes, o.next += LANES * bytes, o.x++) {
+            FN(mat_head)(&head, type, w, stride);
+            o.sum = (V){0};
+            FN(mat_take_super)(&o, type, w, stride);
+            o.acc = FN(f_fma)(FN(f_all)(o.x->u.super.d), FN(mat_super_value)(&head, o.sum, o.x, o.shape.pairs), o.acc);
+        }
+    return o.acc;
+}
+
+/* ---- micro-kernels: two tiles against up to six tokens. gcc keeps named sums in registers, arrays not ---- */
+
+#define EVERY(S) S(0) S(1) S(2) S(3) S(4) S(5)
+#define EACH(S) \
+    { S(0) } if (tokens > 1) { S(1) } if (tokens > 2) { S(2) } if (tokens > 3) { S(3) } if (tokens > 4) { S(4) } if (tokens > 5) { S(5) }
 
 LORCH_INLINE void FN(mat_super)(int tokens, FN(mat_shape) s, const FN(mat_tile) *w, const mat_x *x, float *c) {
     const FN(mat_tile) *v = w + 1;
@@ -2617,13 +2840,6 @@ LORCH_INLINE void FN(mat_super)(int tokens, FN(mat_shape) s, const FN(mat_tile) 
 #undef S
 }
 
-LORCH_INLINE F FN(mat_block_sum)(F acc, V dot, const FN(mat_tile) *w, int j, const mat_x *x, int mins) {
-    F d = TILE_F(w->d[j]), dx = FN(f_all)(x->u.block.d[j]);
-    if (!mins) return FN(f_fma)(FN(f_int)(dot), d * dx, acc);
-    F value = FN(f_fma)(-TILE_F(w->dmin[j]), FN(f_all)(x->u.block.sum[j]), d * FN(f_int)(dot));
-    return FN(f_fma)(dx, value, acc);
-}
-
 LORCH_INLINE void FN(mat_block)(int tokens, FN(mat_shape) s, int blocks, const FN(mat_tile) *w, const mat_x *x, float *c) {
     const FN(mat_tile) *v = w + 1;
     int wide = s.wide && MAT_PAIRED, offset = !s.pairs && !wide;
@@ -2657,7 +2873,8 @@ LORCH_INLINE void FN(mat_block)(int tokens, FN(mat_shape) s, int blocks, const F
             EACH(S)
 #undef S
         }
-#define S(t) f##t = FN(mat_block_sum)(f##t, i##t, w, j, x + t, s.pairs), g##t = FN(mat_block_sum)(g##t, k##t, v, j, x + t, s.pairs);
+        F d = TILE_F(w->d[j]), e = TILE_F(v->d[j]), dm = s.pairs ? TILE_F(w->dmin[j]) : d, em = s.pairs ? TILE_F(v->dmin[j]) : e;
+#define S(t) f##t = FN(mat_block_value)(f##t, i##t, d, dm, x + t, j, s.pairs), g##t = FN(mat_block_value)(g##t, k##t, e, em, x + t, j, s.pairs);
         EACH(S)
 #undef S
     }
@@ -2685,12 +2902,12 @@ LORCH_INLINE void FN(mat_fetch_rows)(const FN(mat_pass) *p, int t, int tokens, i
     for (int r = rows * from / all; r < rows * (from + 2 * tokens) / all; r++) FN(mat_fetch)(p->ahead + (size_t)r * p->stride, p->ahead_bytes);
 }
 
-LORCH_INLINE void FN(mat_sweep)(const FN(mat_pass) *p, int is_super, int chain, int pairs, int wide) {
-    FN(mat_shape) s = {chain, pairs, wide, p->shift};
+LORCH_INLINE void FN(mat_sweep)(const FN(mat_pass) *p, FN(mat_shape) s) {
+    s.shift = p->shift; /* formats that differ in it alone share a sweep */
 #define SWEEP(tokens) \
     for (int i = 0; i < p->tiles; i += 2) { \
         FN(mat_fetch_rows)(p, t, tokens, i); \
-        if (is_super) FN(mat_super)(tokens, s, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES); \
+        if (!s.blocks) FN(mat_super)(tokens, s, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES); \
         else FN(mat_block)(tokens, s, p->blocks, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES); \
     }
     int t = 0;
@@ -2700,196 +2917,59 @@ LORCH_INLINE void FN(mat_sweep)(const FN(mat_pass) *p, int is_super, int chain, 
 #undef SWEEP
 }
 
-/* The shapes that there are: BLOCKS without mins, with wide codes, with mins; SUPERBLOCKS of 32 with mins,
- * of 16 with mins, of 16 without, of 16 with wide codes. A chain of 5-bit codes in int16 ends after 4 dots. */
-enum { FN(MAT_CHAIN5) = MAT_PAIRED ? 4 : 8 };
-static __attribute__((noinline)) void FN(mat_sweep_b)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 0, 8, 0, 0); }
-static __attribute__((noinline)) void FN(mat_sweep_b_wide)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 0, 8, 0, 1); }
-static __attribute__((noinline)) void FN(mat_sweep_b_mins)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 0, FN(MAT_CHAIN5), 1, 0); }
-static __attribute__((noinline)) void FN(mat_sweep_k4)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, 8, 4, 0); }
-static __attribute__((noinline)) void FN(mat_sweep_k5)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, FN(MAT_CHAIN5), 4, 0); }
-static __attribute__((noinline)) void FN(mat_sweep_k2)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, 4, 8, 0); }
-static __attribute__((noinline)) void FN(mat_sweep_k6)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, 4, 0, 0); }
-static __attribute__((noinline)) void FN(mat_sweep_k_wide)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, 4, 0, 1); }
+#define FORMAT(T) \
+    static __attribute__((noinline)) void FN(mat_fill_##T)(FN(mat_tile) *to, const char *w, size_t stride, int blocks) { \
+        FN(mat_fill)(QUANT_##T, to, w, stride, blocks); \
+    } \
+    static __attribute__((noinline)) F FN(mat_one_##T)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t n) { \
+        return FN(mat_one)(QUANT_##T, w, next, stride, x, n); \
+    }
+FORMAT(Q4_0) FORMAT(Q4_1) FORMAT(Q5_0) FORMAT(Q5_1) FORMAT(Q8_0) FORMAT(IQ4_NL) FORMAT(MXFP4)
+FORMAT(Q2_K) FORMAT(Q3_K) FORMAT(Q4_K) FORMAT(Q5_K) FORMAT(Q6_K) FORMAT(IQ4_XS)
+#undef FORMAT
+
+/* A sweep for each shape: BLOCKS plain, with wide codes, with mins; SUPERBLOCKS of 32 with mins, of 16 plain, ... */
+#define SWEEP(name, T) static __attribute__((noinline)) void FN(mat_sweep_##name)(const FN(mat_pass) *p) { FN(mat_sweep)(p, FN(mat_shape_of)(QUANT_##T)); }
+SWEEP(b, Q4_0) SWEEP(b_wide, Q8_0) SWEEP(b_mins, Q4_1) SWEEP(k4, Q4_K) SWEEP(k5, Q5_K) SWEEP(k2, Q2_K) SWEEP(k6, Q6_K) SWEEP(k_wide, IQ4_XS)
+#undef SWEEP
+
+typedef struct { /* what is specialised for a format, or for the shape of its blocks */
+    void (*fill)(FN(mat_tile) *to, const char *w, size_t stride, int blocks);
+    F (*one)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t n);
+    void (*sweep)(const FN(mat_pass) *p);
+} FN(mat_routines);
+
+static const FN(mat_routines) FN(mat_routines_of)[QUANT_TYPES] = {
+#define ROW(T, shape) [QUANT_##T] = {FN(mat_fill_##T), FN(mat_one_##T), FN(mat_sweep_##shape)}
+    ROW(Q4_0, b), ROW(Q5_0, b), ROW(MXFP4, b), ROW(Q8_0, b_wide), ROW(IQ4_NL, b_wide), ROW(Q4_1, b_mins), ROW(Q5_1, b_mins),
+    ROW(Q2_K, k2), ROW(Q3_K, k6), ROW(Q4_K, k4), ROW(Q5_K, k5), ROW(Q6_K, k6), ROW(IQ4_XS, k_wide)
+#undef ROW
+};
 
 /* Unpacks the slice for the rows from `row` on, and lets all tokens pass over it. */
-#define FILL(T, type, chain, pairs, wide, offset) \
-    do { \
-        const FN(mat_shape) s = {chain, pairs, wide, offset}; \
-        o->shift = offset; \
-        for (int i = 0; i < o->tiles; i++) \
-            FN(mat_fill)(o->tile + i, p, row + i * LANES, slice, s, quant_formats[QUANT_##T].bytes, quant_formats[QUANT_##T].block, \
-                         quant_unpack_##type); \
-    } while (0)
-#define FILL_HOT(T, type, chain, pairs, wide, offset) \
-    do { \
-        const quant_format *f = &quant_formats[QUANT_##T]; \
-        size_t stride = quant_row_bytes(f, p->act->n); \
-        const char *w = p->weights + (size_t)row * stride + quant_row_bytes(f, slice * 256); \
-        if (!hot) FILL(T, type, chain, pairs, wide, offset); \
-        else \
-            for (int i = 0; i < o->tiles; i++) FN(mat_fill_##type)(o->tile + i, w + (size_t)(i * LANES) * stride, stride); \
-        o->shift = offset; \
-    } while (0)
-
 static void FN(mat_slice)(FN(mat_pass) *o, const mat_product *p, int64_t row, int64_t slice) {
     int type = (int)(p->format - quant_formats);
-    int hot = row + o->tiles * LANES <= p->n_rows && p->act->n - slice * 256 >= 256;
-    switch (type) {
-    case QUANT_Q4_0: FILL_HOT(Q4_0, q4_0, 8, 0, 0, 3); FN(mat_sweep_b)(o); break;
-    case QUANT_Q5_0: FILL(Q5_0, q5_0, 8, 0, 0, 4); FN(mat_sweep_b)(o); break;
-    case QUANT_MXFP4: FILL(MXFP4, mxfp4, 8, 0, 0, 4); FN(mat_sweep_b)(o); break;
-    case QUANT_Q8_0: FILL_HOT(Q8_0, q8_0, 8, 0, 1, 7); FN(mat_sweep_b_wide)(o); break;
-    case QUANT_IQ4_NL: FILL(IQ4_NL, iq4_nl, 8, 0, 1, 7); FN(mat_sweep_b_wide)(o); break;
-    case QUANT_Q4_1: FILL(Q4_1, q4_1, 8, 1, 0, 0); FN(mat_sweep_b_mins)(o); break;
-    case QUANT_Q5_1: FILL(Q5_1, q5_1, 8, 1, 0, 0); FN(mat_sweep_b_mins)(o); break;
-    case QUANT_Q2_K: FILL(Q2_K, q2_k, 4, 8, 0, 0); FN(mat_sweep_k2)(o); break;
-    case QUANT_Q3_K: FILL(Q3_K, q3_k, 4, 0, 0, 2); FN(mat_sweep_k6)(o); break;
-    case QUANT_Q4_K: FILL_HOT(Q4_K, q4_k, 8, 4, 0, 0); FN(mat_sweep_k4)(o); break;
-    case QUANT_Q5_K: FILL(Q5_K, q5_k, FN(MAT_CHAIN5), 4, 0, 0); FN(mat_sweep_k5)(o); break;
-    case QUANT_Q6_K: FILL_HOT(Q6_K, q6_k, 4, 0, 0, 5); FN(mat_sweep_k6)(o); break;
-    case QUANT_IQ4_XS: FILL(IQ4_XS, iq4_xs, 4, 0, 1, 7); FN(mat_sweep_k_wide)(o); break;
-    default: break; /* the model's loader has refused everything else */
-    }
-}
-#undef FILL
-#undef FILL_HOT
-
-/* ---- one token: the hot formats meet it in registers, LANES rows at once, over n / 256 superblocks ----
- * Each loop fetches ahead of itself: the slice of rows that follows, a superblock's share at a time. */
-
-#if LANES >= 8
-#define DOTS(chain, at, x0, x1, x2, x3) \
-    chain = FN(v_dot)(chain, x0, FN(v_at)((at))), chain = FN(v_dot)(chain, x1, FN(v_at)((at) + 4)), \
-    chain = FN(v_dot)(chain, x2, FN(v_at)((at) + 8)), chain = FN(v_dot)(chain, x3, FN(v_at)((at) + 12))
-
-/* Part i of `parts` of LANES blocks. All fetches at once would hold up the loads, and so the compiler (gcc
- * moves them to the head of a loop) is told that each has to do with the sum that is passed through. */
-LORCH_INLINE V FN(mat_fetch_part)(V sum, const char *p, int block, int i, int parts) {
-    int lines = (LANES * block + 63) / 64, from = lines * i / parts, to = lines * (i + 1) / parts;
-    LORCH_UNROLL for (int n = from; n < to; n++) __asm__("prefetcht0 %1" : "+v"(sum) : "m"(p[64 * n]));
-    return sum;
+    FN(mat_shape) s = FN(mat_shape_of)(type);
+    size_t stride = quant_row_bytes(p->format, p->act->n);
+    const char *w = p->weights + (size_t)row * stride + quant_row_bytes(p->format, slice * 256);
+    for (int i = 0; i < o->tiles; i++, w += LANES * stride)
+        if (row + (i + 1) * LANES <= p->n_rows) FN(mat_routines_of)[type].fill(o->tile + i, w, stride, o->blocks);
+        else FN(mat_fill_any)(o->tile + i, p, row + i * LANES, slice, s, o->blocks);
+    o->shift = s.shift;
+    FN(mat_routines_of)[type].sweep(o);
 }
 
-static __attribute__((noinline)) F FN(mat_one_q4_k)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t superblocks) {
-    F acc = {0};
-    FN(mat_tile) head;
-    for (int64_t b = 0; b < superblocks; b++, x++, w += sizeof(quant_q4_k), next += LANES * sizeof(quant_q4_k)) {
-        FN(mat_head_k4)(&head, w, stride);
-        V sum = {0};
-        LORCH_UNROLL for (int c = 0; c < 4; c++) {
-            FN(mat_four) t = FN(v_turn)(w + 16 + 32 * c, stride), u = FN(v_turn)(w + 32 + 32 * c, stride);
-            V low = {0}, high = {0};
-            const int8_t *q = x->q + 64 * c;
-            low = FN(mat_fetch_part)(low, next, sizeof(quant_q4_k), 4 * c, 16);
-            DOTS(low, q, FN(v_low)(t.a), FN(v_low)(t.b), FN(v_low)(t.c), FN(v_low)(t.d));
-            high = FN(mat_fetch_part)(high, next, sizeof(quant_q4_k), 4 * c + 1, 16);
-            DOTS(high, q + 32, FN(v_high)(t.a), FN(v_high)(t.b), FN(v_high)(t.c), FN(v_high)(t.d));
-            low = FN(mat_fetch_part)(low, next, sizeof(quant_q4_k), 4 * c + 2, 16);
-            DOTS(low, q + 16, FN(v_low)(u.a), FN(v_low)(u.b), FN(v_low)(u.c), FN(v_low)(u.d));
-            high = FN(mat_fetch_part)(high, next, sizeof(quant_q4_k), 4 * c + 3, 16);
-            DOTS(high, q + 48, FN(v_high)(u.a), FN(v_high)(u.b), FN(v_high)(u.c), FN(v_high)(u.d));
-            sum = FN(v_scaled)(FN(v_scaled)(sum, low, TILE(head.scale[2 * c])), high, TILE(head.scale[2 * c + 1]));
-        }
-        acc = FN(f_fma)(FN(f_all)(x->u.super.d), FN(mat_super_value)(&head, sum, x, 4), acc);
-    }
-    return acc;
-}
-
-static __attribute__((noinline)) F FN(mat_one_q6_k)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t superblocks) {
-    F acc = {0};
-    FN(mat_tile) head;
-    for (int64_t b = 0; b < superblocks; b++, x++, w += sizeof(quant_q6_k), next += LANES * sizeof(quant_q6_k)) {
-        FN(mat_head_q6_k)(&head, w, stride);
-        V sum = {0};
-        LORCH_UNROLL for (int i = 0; i < 4; i++) {
-            const char *low = w + i / 2 * 64 + i % 2 * 16;
-            FN(mat_four) l = FN(v_turn)(low, stride), m = FN(v_turn)(low + 32, stride), h = FN(v_turn)(w + 128 + i * 16, stride);
-            int j = i / 2 * 8 + i % 2;
-            const int8_t *q = x->q + 16 * j;
-            V s0 = FN(v_start)(x->start[j], 5), s1 = FN(v_start)(x->start[j + 2], 5);
-            V s2 = FN(v_start)(x->start[j + 4], 5), s3 = FN(v_start)(x->start[j + 6], 5);
-#define COLUMN(n, f) { \
-    Q6_CODES(x0, x1, x2, x3, l.f, m.f, h.f) \
-    s0 = FN(mat_fetch_part)(s0, next, sizeof(quant_q6_k), 4 * i + n, 16); \
-    s0 = FN(v_dot)(s0, x0, FN(v_at)(q + 4 * n)), s1 = FN(v_dot)(s1, x1, FN(v_at)(q + 32 + 4 * n)); \
-    s2 = FN(v_dot)(s2, x2, FN(v_at)(q + 64 + 4 * n)), s3 = FN(v_dot)(s3, x3, FN(v_at)(q + 96 + 4 * n)); }
-            COLUMN(0, a) COLUMN(1, b) COLUMN(2, c) COLUMN(3, d)
-#undef COLUMN
-            sum = FN(v_scaled)(FN(v_scaled)(sum, s0, TILE(head.scale[j])), s1, TILE(head.scale[j + 2]));
-            sum = FN(v_scaled)(FN(v_scaled)(sum, s2, TILE(head.scale[j + 4])), s3, TILE(head.scale[j + 6]));
-        }
-        acc = FN(f_fma)(FN(f_all)(x->u.super.d), FN(mat_super_value)(&head, sum, x, 0), acc);
-    }
-    return acc;
-}
-
-static __attribute__((noinline)) F FN(mat_one_q8_0)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t superblocks) {
-    F acc = {0};
-    for (int64_t b = 0; b < superblocks * 8; b++, w += sizeof(quant_q8_0), next += LANES * sizeof(quant_q8_0)) {
-        const mat_x *y = x + b / 8;
-        const int8_t *q = y->q + b % 8 * 32;
-        FN(mat_four) t = FN(v_turn)(w + 2, stride), u = FN(v_turn)(w + 18, stride);
-        F d = FN(f_halves)(w, stride) * FN(f_all)(y->u.block.d[b % 8]);
-#if MAT_PAIRED
-        V sum = {0};
-#define DOT(v, at) sum = FN(v_dot_wide)(FN(mat_fetch_part)(sum, next, sizeof(quant_q8_0), at / 4, 8), v, FN(v_at)(q + at))
-        DOT(t.a, 0), DOT(t.b, 4), DOT(t.c, 8), DOT(t.d, 12), DOT(u.a, 16), DOT(u.b, 20), DOT(u.c, 24), DOT(u.d, 28);
-#undef DOT
-#else
-        V sum = FN(v_start)(y->start[b % 8], 7), more = {0};
-#define DOT(s, v, at) s = FN(v_dot)(FN(mat_fetch_part)(s, next, sizeof(quant_q8_0), at / 4, 8), FN(v_wide_codes)(v), FN(v_at)(q + at))
-        DOT(sum, t.a, 0), DOT(more, t.b, 4), DOT(sum, t.c, 8), DOT(more, t.d, 12);
-        DOT(sum, u.a, 16), DOT(more, u.b, 20), DOT(sum, u.c, 24), DOT(more, u.d, 28);
-#undef DOT
-        sum += more;
-#endif
-        acc = FN(f_fma)(FN(f_int)(sum), d, acc);
-    }
-    return acc;
-}
-
-static __attribute__((noinline)) F FN(mat_one_q4_0)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t superblocks) {
-    F acc = {0};
-    for (int64_t b = 0; b < superblocks * 8; b++, w += sizeof(quant_q4_0), next += LANES * sizeof(quant_q4_0)) {
-        const mat_x *y = x + b / 8;
-        const int8_t *q = y->q + b % 8 * 32;
-        FN(mat_four) t = FN(v_turn)(w + 2, stride);
-        F d = FN(f_halves)(w, stride) * FN(f_all)(y->u.block.d[b % 8]);
-        V sum = FN(mat_fetch_part)(FN(v_start)(y->start[b % 8], 3), next, sizeof(quant_q4_0), 0, 2);
-        DOTS(sum, q, FN(v_low)(t.a), FN(v_low)(t.b), FN(v_low)(t.c), FN(v_low)(t.d));
-        sum = FN(mat_fetch_part)(sum, next, sizeof(quant_q4_0), 1, 2);
-        DOTS(sum, q + 16, FN(v_high)(t.a), FN(v_high)(t.b), FN(v_high)(t.c), FN(v_high)(t.d));
-        acc = FN(f_fma)(FN(f_int)(FN(v_summed)((V){0}, sum)), d, acc);
-    }
-    return acc;
-}
-#undef DOTS
-#endif
-
-/* Runs one token over as many slices as the fused kernels take; returns their number. */
-static int64_t FN(mat_one)(const mat_product *p, int64_t row, int tiles, const char *ahead, float *c) {
-#if LANES >= 8
+/* One token. Rows that fill no vector go over the tile. Returns 0 if it does not take them. */
+static int FN(mat_single)(const mat_product *p, int64_t row, int tiles, const char *ahead, float *c) {
     int type = (int)(p->format - quant_formats);
-    int64_t superblocks = p->act->n / 256;
     size_t stride = quant_row_bytes(p->format, p->act->n);
     const char *w = p->weights + (size_t)row * stride;
     if (p->act->n_tok != 1 || row + tiles * LANES > p->n_rows) return 0;
-    for (int i = 0; i < tiles; i++, w += LANES * stride, c += LANES) {
+    for (int i = 0; i < tiles; i++, w += LANES * stride) {
         const char *next = i + 1 < tiles || !ahead ? w + LANES * stride : ahead;
-        switch (type) {
-        case QUANT_Q4_0: FN(f_store)(c, FN(mat_one_q4_0)(w, next, stride, p->act->blocks, superblocks)); break;
-        case QUANT_Q8_0: FN(f_store)(c, FN(mat_one_q8_0)(w, next, stride, p->act->blocks, superblocks)); break;
-        case QUANT_Q4_K: FN(f_store)(c, FN(mat_one_q4_k)(w, next, stride, p->act->super, superblocks)); break;
-        case QUANT_Q6_K: FN(f_store)(c, FN(mat_one_q6_k)(w, next, stride, p->act->super, superblocks)); break;
-        default: return 0;
-        }
+        FN(f_store)(c + i * LANES, FN(mat_routines_of)[type].one(w, next, stride, p->format->kind == QUANT_BLOCKS ? p->act->blocks : p->act->super, p->act->n));
     }
-    return superblocks;
-#else
-    (void)p, (void)row, (void)tiles, (void)ahead, (void)c;
-    return 0;
-#endif
+    return 1;
 }
 
 /* ---- products of floats, for weights and in attention ---- */
@@ -3021,7 +3101,7 @@ static void FN(mat_multiply)(const mat_product *p, int64_t row, int rows, const 
     if (p->format->kind == QUANT_FLOATS) FN(mat_multiply_floats)(p, row, tiles, (float *)(void *)tile, c);
     else {
         const mat_x *x = p->format->kind == QUANT_BLOCKS ? a->blocks : a->super;
-        for (int64_t slice = FN(mat_one)(p, row, tiles, ahead, c); slice * 256 < a->n; slice++) {
+        for (int64_t slice = FN(mat_single)(p, row, tiles, ahead, c) ? a->n : 0; slice * 256 < a->n; slice++) {
             int64_t left = (a->n - slice * 256) / 32;
             int bytes = 256 / p->format->block * p->format->bytes;
             size_t stride = quant_row_bytes(p->format, a->n);
@@ -3372,9 +3452,6 @@ static const mat_kernels FN(mat_table) = {
 #undef STORE
 #undef TILE
 #undef TILE_F
-#undef LOW
-#undef HIGH
-#undef Q6_CODES
 #undef EVERY
 #undef EACH
 #undef LANES
