@@ -2541,6 +2541,7 @@ typedef struct {
     FN(mat_tile) *tile; /* with one token, of SUPERBLOCKS: their scales, mins, d and dmin */
     const mat_x *x;     /* NULL: fill the tile */
     const char *next;   /* what is fetched meanwhile: LANES times bytes for each block */
+    V even, odd;        /* chains of 32 columns that 16 have gone into */
     V sum;
     F acc, d, dmin;
     int bytes;
@@ -2571,22 +2572,23 @@ LORCH_INLINE void FN(mat_take)(FN(mat_sink) *o, int j, V a, V b, V c, V d) {
         STORE(o->tile->q[4 * j], a), STORE(o->tile->q[4 * j + 1], b), STORE(o->tile->q[4 * j + 2], c), STORE(o->tile->q[4 * j + 3], d);
         return;
     }
-    int wide = s.wide && MAT_PAIRED, offset = !s.pairs && !wide, each = s.blocks ? 2 : 16;
+    int wide = s.wide && MAT_PAIRED, offset = !s.pairs && !wide, each = s.blocks ? 2 : 16, odd = !s.blocks && j / 2 % 2;
     const int8_t *q = o->x->q + 16 * j;
-    V chain = {0};
-    if (offset && !(s.blocks && j % 2)) chain = FN(v_start)(o->x->start[s.blocks ? j / 2 : j], s.shift);
+    V chain = odd ? o->odd : o->even;
+    if (s.chain == 4 || j % 2 == 0) chain = offset && !(s.blocks && j % 2) ? FN(v_start)(o->x->start[s.blocks ? j / 2 : j], s.shift) : (V){0};
     chain = FN(mat_fetch_part)(chain, o->next, o->bytes, j % each, each);
 #define DOT(v, n) chain = wide ? FN(v_dot_wide)(chain, v, FN(v_at)(q + 4 * n)) : FN(v_dot)(chain, v, FN(v_at)(q + 4 * n))
     DOT(a, 0), DOT(b, 1), DOT(c, 2), DOT(d, 3);
 #undef DOT
-    if (s.blocks) {
-        V sum = j % 2 ? o->sum : (V){0};
-        o->sum = wide ? FN(v_summed_wide)(sum, chain) : FN(v_summed)(sum, chain);
-        if (j % 2) o->acc = FN(mat_block_value)(o->acc, o->sum, o->d, o->dmin, o->x, j / 2, s.pairs);
-    } else {
-        V scale = TILE(o->tile->scale[s.chain == 8 ? j / 2 : j]);
-        o->sum = wide ? FN(v_scaled_wide)(o->sum, chain, scale) : FN(v_scaled)(o->sum, chain, scale);
+    if (s.chain == 8 && j % 2 == 0) {
+        if (odd) o->odd = chain;
+        else o->even = chain;
+        return;
     }
+    V scale = TILE(o->tile->scale[s.chain == 8 ? j / 2 : j]), sum = s.blocks && (s.chain == 8 || j % 2 == 0) ? (V){0} : o->sum;
+    if (s.blocks) o->sum = wide ? FN(v_summed_wide)(sum, chain) : FN(v_summed)(sum, chain);
+    else o->sum = wide ? FN(v_scaled_wide)(sum, chain, scale) : FN(v_scaled)(sum, chain, scale);
+    if (s.blocks && j % 2) o->acc = FN(mat_block_value)(o->acc, o->sum, o->d, o->dmin, o->x, j / 2, s.pairs);
 }
 
 /* BLOCKS: the scale of block i, and its minimum (negated), before its codes. */
@@ -2699,28 +2701,32 @@ LORCH_INLINE void FN(mat_head)(FN(mat_tile) *o, int type, const char *w, size_t 
     }
 }
 
-/* Part p of 2 of the columns of Q2_K (then h is not looked at), Q3_K or Q5_K, 16 of each 32. */
-LORCH_INLINE void FN(mat_take_bits)(FN(mat_sink) *o, int type, int p, const char *q, size_t stride, FN(mat_four) h) {
-    FN(mat_four) t;
-    if (type == QUANT_Q5_K) {
-        LORCH_UNROLL for (int c = 0; c < 4; c++) {
-            t = FN(v_turn)(q + 32 * c + 16 * p, stride);
-#define LOW(f) (FN(v_low)(t.f) | (h.f >> 2 * c & 0x01010101) << 4)
-#define HIGH(f) (FN(v_high)(t.f) | (h.f >> (2 * c + 1) & 0x01010101) << 4)
-            FN(mat_take)(o, 4 * c + p, LOW(a), LOW(b), LOW(c), LOW(d));
-            FN(mat_take)(o, 4 * c + 2 + p, HIGH(a), HIGH(b), HIGH(c), HIGH(d));
+LORCH_INLINE void FN(mat_take_q5_k)(FN(mat_sink) *o, const char *w, size_t stride) { /* as Q4_K, and a fifth bit of h */
+    const char *high = w + offsetof(quant_q5_k, high), *low = w + offsetof(quant_q5_k, q);
+    const FN(mat_four) h0 = FN(v_turn)(high, stride), h1 = FN(v_turn)(high + 16, stride);
+    LORCH_UNROLL for (int i = 0; i < 8; i++) {
+        FN(mat_four) t = FN(v_turn)(low + 16 * i, stride), h = i % 2 ? h1 : h0;
+#define LOW(f) (FN(v_low)(t.f) | (h.f >> i / 2 * 2 & 0x01010101) << 4)
+#define HIGH(f) (FN(v_high)(t.f) | (h.f >> (i / 2 * 2 + 1) & 0x01010101) << 4)
+        FN(mat_take)(o, i / 2 * 4 + i % 2, LOW(a), LOW(b), LOW(c), LOW(d));
+        FN(mat_take)(o, i / 2 * 4 + i % 2 + 2, HIGH(a), HIGH(b), HIGH(c), HIGH(d));
 #undef LOW
 #undef HIGH
-        }
-        return;
     }
-    LORCH_UNROLL for (int half = 0; half < 2; half++) {
-        t = FN(v_turn)(q + 32 * half + 16 * p, stride);
+}
+
+/* Two bits of each weight; of Q3_K a third, in h, and then they are less 4. */
+LORCH_INLINE void FN(mat_take_q2_k)(FN(mat_sink) *o, int third, const char *w, size_t stride) {
+    LORCH_UNROLL for (int i = 0; i < 4; i++) {
+        FN(mat_four) h = {{0}, {0}, {0}, {0}}, t;
+        if (third) h = FN(v_turn)(w + i / 2 * 16, stride), t = FN(v_turn)(w + offsetof(quant_q3_k, q) + i % 2 * 32 + i / 2 * 16, stride);
+        else t = FN(v_turn)(w + offsetof(quant_q2_k, q) + i % 2 * 32 + i / 2 * 16, stride);
         LORCH_UNROLL for (int c = 0; c < 4; c++) {
+            int j = i % 2 * 8 + 2 * c + i / 2;
 #define TWO(f) (t.f >> 2 * c & 0x03030303)
-#define THREE(f) FN(v_codes)(TWO(f) | (h.f >> (4 * half + c) & 0x01010101) << 2, 2)
-            if (type == QUANT_Q2_K) FN(mat_take)(o, 8 * half + 2 * c + p, TWO(a), TWO(b), TWO(c), TWO(d));
-            else FN(mat_take)(o, 8 * half + 2 * c + p, THREE(a), THREE(b), THREE(c), THREE(d));
+#define THREE(f) FN(v_codes)(TWO(f) | (h.f >> (4 * (i % 2) + c) & 0x01010101) << 2, 2)
+            if (third) FN(mat_take)(o, j, THREE(a), THREE(b), THREE(c), THREE(d));
+            else FN(mat_take)(o, j, TWO(a), TWO(b), TWO(c), TWO(d));
 #undef TWO
 #undef THREE
         }
@@ -2747,8 +2753,10 @@ LORCH_INLINE void FN(mat_take_q6_k)(FN(mat_sink) *o, int i, const char *w, size_
 }
 
 LORCH_INLINE void FN(mat_take_super)(FN(mat_sink) *o, int type, const char *w, size_t stride) { /* after mat_head */
-    FN(mat_four) h = {{0}, {0}, {0}, {0}};
     switch (type) {
+    case QUANT_Q2_K: FN(mat_take_q2_k)(o, 0, w, stride); break;
+    case QUANT_Q3_K: FN(mat_take_q2_k)(o, 1, w, stride); break;
+    case QUANT_Q5_K: FN(mat_take_q5_k)(o, w, stride); break;
     case QUANT_Q4_K: /* 16 bytes: 16 weights in low nibbles, and those 32 further on in high ones */
         LORCH_UNROLL for (int i = 0; i < 8; i++)
             FN(mat_take_nibbles)(o, i / 2 * 4 + i % 2, i / 2 * 4 + i % 2 + 2, FN(v_turn)(w + offsetof(quant_q4_k, q) + 16 * i, stride), NULL);
@@ -2757,22 +2765,14 @@ LORCH_INLINE void FN(mat_take_super)(FN(mat_sink) *o, int type, const char *w, s
         LORCH_UNROLL for (int i = 0; i < 8; i++)
             FN(mat_take_nibbles)(o, 2 * i, 2 * i + 1, FN(v_turn)(w + offsetof(quant_iq4_xs, q) + 16 * i, stride), quant_curve);
         break;
-    case QUANT_Q6_K:
+    default: /* Q6_K */
         LORCH_UNROLL for (int i = 0; i < 4; i++) FN(mat_take_q6_k)(o, i, w, stride);
-        break;
-    default:
-        LORCH_UNROLL for (int p = 0; p < 2; p++) {
-            size_t q = type == QUANT_Q2_K ? offsetof(quant_q2_k, q) : type == QUANT_Q3_K ? offsetof(quant_q3_k, q) : offsetof(quant_q5_k, q);
-            if (type == QUANT_Q3_K) h = FN(v_turn)(w + 16 * p, stride);
-            if (type == QUANT_Q5_K) h = FN(v_turn)(w + offsetof(quant_q5_k, high) + 16 * p, stride);
-            FN(mat_take_bits)(o, type, p, w + q, stride, h);
-        }
     }
 }
 
 /* Unpacks 256 columns, or the first `blocks` BLOCKS of them. */
 LORCH_INLINE void FN(mat_fill)(int type, FN(mat_tile) *to, const char *w, size_t stride, int blocks) {
-    FN(mat_sink) o = {FN(mat_shape_of)(type), to, NULL, NULL, {0}, {0}, {0}, {0}, 0};
+    FN(mat_sink) o = {FN(mat_shape_of)(type), to, NULL, NULL, {0}, {0}, {0}, {0}, {0}, {0}, 0};
     if (o.shape.blocks)
         for (int i = 0; i < blocks; i++, w += quant_formats[type].bytes) FN(mat_take_block)(&o, type, i, w, stride);
     else FN(mat_head)(to, type, w, stride), FN(mat_take_super)(&o, type, w, stride);
@@ -2783,7 +2783,7 @@ LORCH_INLINE void FN(mat_fill)(int type, FN(mat_tile) *to, const char *w, size_t
 LORCH_INLINE F FN(mat_one)(int type, const char *w, const char *next, size_t stride, const mat_x *x, int64_t n) {
     int bytes = quant_formats[type].bytes;
     FN(mat_tile) head;
-    FN(mat_sink) o = {FN(mat_shape_of)(type), &head, x, next, {0}, {0}, {0}, {0}, bytes};
+    FN(mat_sink) o = {FN(mat_shape_of)(type), &head, x, next, {0}, {0}, {0}, {0}, {0}, {0}, bytes};
     if (o.shape.blocks)
         for (int64_t b = 0; b < n / 32; b++, w += bytes, o.next += LANES * bytes) {
             o.x = x + b / 8;
