@@ -3091,6 +3091,54 @@ static void FN(mat_multiply_floats)(const mat_product *p, int64_t row, int tiles
         }
 }
 
+/* Some columns of one token against two tiles: two sums, which hide each other's latency. */
+LORCH_INLINE void FN(mat_one_columns)(F *a, F *b, FN(mat_four) t, FN(mat_four) u, const float *x, const quant_format *f) {
+#define ONE(i, y, z) *a = FN(f_fma)(y, FN(f_all)(x[i]), *a), *b = FN(f_fma)(z, FN(f_all)(x[i]), *b)
+#define TWO(i, g) \
+    if (f == &quant_formats[QUANT_F32]) ONE(i / 2, (F)t.g, (F)u.g); \
+    else if (f == &quant_formats[QUANT_F16]) ONE(i, FN(f_half_low)(t.g), FN(f_half_low)(u.g)), ONE(i + 1, FN(f_half_low)(t.g >> 16), FN(f_half_low)(u.g >> 16)); \
+    else ONE(i, (F)(t.g << 16), (F)(u.g << 16)), ONE(i + 1, (F)(t.g & (int32_t)0xffff0000), (F)(u.g & (int32_t)0xffff0000));
+    TWO(0, a) TWO(2, b) TWO(4, c) TWO(6, d)
+#undef ONE
+#undef TWO
+}
+
+/* One token against two tiles. Rows often lie a power of two apart, so that their lines push each other out of the
+ * level-1 cache: each line is read once, into a copy, and turned from there. */
+LORCH_INLINE void FN(mat_one_floats)(const mat_product *p, int64_t row, const char *next, float *c, const quant_format *f) {
+    char line[2 * LANES][64] __attribute__((aligned(64)));
+    size_t stride = (size_t)p->act->n * f->bytes;
+    const char *w = p->weights + (size_t)row * stride;
+    int step = 64 / f->bytes;
+    F a = {0}, b = {0};
+    int64_t k = 0;
+    for (; k + step <= p->act->n; k += step, w += 64, next += sizeof line) {
+        for (int r = 0; r < 2 * LANES; r++) memcpy(line[r], w + (size_t)r * stride, 64);
+        LORCH_UNROLL for (int i = 0; i < 4; i++) {
+            a = (F)FN(mat_fetch_part)((V)a, next, 2 * 64, i, 4);
+            FN(mat_one_columns)(&a, &b, FN(v_turn)(line[0] + 16 * i, 64), FN(v_turn)(line[LANES] + 16 * i, 64), p->act->x + k + step / 4 * i, f);
+        }
+    }
+    FN(f_store)(c, a), FN(f_store)(c + LANES, b);
+    for (; k < p->act->n; k++)
+        for (int r = 0; r < 2 * LANES; r++)
+            c[r] = FN(f_fma)(FN(f_all)(quant_load_float(f, p->weights + (size_t)(row + r) * stride, k)), FN(f_all)(p->act->x[k]), FN(f_all)(c[r]))[0];
+}
+
+static int FN(mat_single_floats)(const mat_product *p, int64_t row, int tiles, const char *ahead, float *c) { /* 0: not taken */
+    size_t stride = quant_row_bytes(p->format, p->act->n);
+    if (p->act->n_tok != 1 || row + tiles * LANES > p->n_rows) return 0;
+    for (int i = 0; i < tiles; i += 2, c += 2 * LANES) {
+        const char *next = i + 2 < tiles || !ahead ? p->weights + (size_t)(row + (i + 2) * LANES) * stride : ahead;
+        switch ((int)(p->format - quant_formats)) {
+        case QUANT_F32: FN(mat_one_floats)(p, row + i * LANES, next, c, &quant_formats[QUANT_F32]); break;
+        case QUANT_F16: FN(mat_one_floats)(p, row + i * LANES, next, c, &quant_formats[QUANT_F16]); break;
+        default: FN(mat_one_floats)(p, row + i * LANES, next, c, &quant_formats[QUANT_BF16]); break;
+        }
+    }
+    return 1;
+}
+
 /* Scratch: the sums, [n_tok][MAT_ROWS], then the tiles. Tiles go by pairs, so a last one may be idle. */
 static void FN(mat_multiply)(const mat_product *p, int64_t row, int rows, const char *ahead, void *scratch) {
     const mat_act *a = p->act;
@@ -3098,8 +3146,9 @@ static void FN(mat_multiply)(const mat_product *p, int64_t row, int rows, const 
     FN(mat_tile) *tile = (FN(mat_tile) *)(void *)(c + (size_t)a->n_tok * MAT_ROWS);
     int tiles = (rows + 2 * LANES - 1) / (2 * LANES) * 2;
     memset(c, 0, (size_t)a->n_tok * MAT_ROWS * sizeof(float));
-    if (p->format->kind == QUANT_FLOATS) FN(mat_multiply_floats)(p, row, tiles, (float *)(void *)tile, c);
-    else {
+    if (p->format->kind == QUANT_FLOATS) {
+        if (!FN(mat_single_floats)(p, row, tiles, ahead, c)) FN(mat_multiply_floats)(p, row, tiles, (float *)(void *)tile, c);
+    } else {
         const mat_x *x = p->format->kind == QUANT_BLOCKS ? a->blocks : a->super;
         for (int64_t slice = FN(mat_single)(p, row, tiles, ahead, c) ? a->n : 0; slice * 256 < a->n; slice++) {
             int64_t left = (a->n - slice * 256) / 32;
@@ -9026,11 +9075,11 @@ static int cli_run_open(cli_run *r, const cli_settings *c, int n_ctx, int min_ba
 }
 
 /* Computes n tokens of one sequence from position `from` on, in chunks; wants the logits of all or of none. */
-static void cli_forward(cli_run *r, const int32_t *id, int from, int n, const uint32_t *block, int want_logits) {
+static void cli_forward(cli_run *r, const int32_t *id, int from, int n, const uint32_t *block, int n_logits) { /* of the last tokens */
     int32_t pos[1024];
     const uint32_t *blocks[1024];
     unsigned char want[1024];
-    for (int i = 0; i < n; i++) pos[i] = from + i, blocks[i] = block, want[i] = (unsigned char)want_logits;
+    for (int i = 0; i < n; i++) pos[i] = from + i, blocks[i] = block, want[i] = i >= n - n_logits;
     model_batch b = {n, id, pos, blocks, want, NULL, NULL};
     model_forward(&r->run, &b);
 }
@@ -9079,7 +9128,7 @@ static int cli_score_ids(cli_settings *c, cli_run *r, const tok_ids *ids) {
     if (!block || !used || !kv_reserve(&r->kv, &seq, ids->n)) ok = 0;
     for (int from = 0; ok && from < ids->n; from += r->chunk) {
         int n = ids->n - from < r->chunk ? ids->n - from : r->chunk;
-        cli_forward(r, ids->id + from, from, n, block, 1);
+        cli_forward(r, ids->id + from, from, n, block, n);
         for (int i = from; i < from + n; i++) {
             const float *logits = r->run.logits + (size_t)(i - from) * (size_t)n_vocab;
             cli_hash(&hash, logits, n_vocab);
@@ -9179,9 +9228,7 @@ static double cli_bench_prefill(cli_run *r, const int32_t *id, int n, const uint
     double begun = sys_now();
     for (int from = 0; from < n; from += r->chunk) {
         int part = n - from < r->chunk ? n - from : r->chunk;
-        int last = from + part == n;
-        cli_forward(r, id + from, from, part - last, block, 0);
-        if (last) cli_forward(r, id + n - 1, n - 1, 1, block, 1);
+        cli_forward(r, id + from, from, part, block, from + part == n);
     }
     return sys_now() - begun;
 }
