@@ -8189,7 +8189,7 @@ typedef struct {
     const char *stop[MAX_STOPS];
     int n_stop;
     int64_t port, max_tokens_in, max_tokens_out, inference_timeout_s, kv_cache_mb, parallel, queue, context, threads, chunk, drain_timeout_s, sse_ping_ms,
-        header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, n, top, top_k, bench_prompt, bench_batch, bench_rounds;
+        header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, n, top, top_k, bench_prompt, bench_batch, bench_depth, bench_rounds;
     uint64_t seed;
     double temperature, top_p, min_p, repetition_penalty;
     int insecure, exit_with_parent, lazy, no_speculate, json, special, no_bos, ignore_eos, has_seed;
@@ -8269,6 +8269,7 @@ static const cli_option cli_options[] = {
     {"bench-prompt", "p", CLI_INT, CLI_BENCH, F(bench_prompt), 0, MAX_CONTEXT, "512", "N", "prompt tokens; default 512"},
     {"bench-tokens", "n", CLI_INT, CLI_BENCH, F(n), 0, MAX_CONTEXT, "64", "N", "tokens to decode; default 64"},
     {"batch", "b", CLI_INT, CLI_BENCH, F(bench_batch), 1, MAX_PARALLEL, "1", "N", "sequences that decode together; default 1"},
+    {"depth", "d", CLI_INT, CLI_BENCH, F(bench_depth), 0, MAX_CONTEXT / 2, "0", "N", "positions that each sequence has behind it as it begins to decode; default 0"},
     {"rounds", "r", CLI_INT, CLI_BENCH, F(bench_rounds), 1, 1000, "3", "N", "rounds, of which the median counts; default 3"},
     {"json", 0, CLI_SWITCH, CLI_JSON, F(json), 0, 0, 0, 0, "print JSON"},
 };
@@ -9074,8 +9075,8 @@ static int cli_run_open(cli_run *r, const cli_settings *c, int n_ctx, int min_ba
     return cli_fail("INSUFFICIENT_MEMORY: cannot allocate the KV cache and scratch"), 0;
 }
 
-/* Computes n tokens of one sequence from position `from` on, in chunks; wants the logits of all or of none. */
-static void cli_forward(cli_run *r, const int32_t *id, int from, int n, const uint32_t *block, int n_logits) { /* of the last tokens */
+/* Computes n tokens of one sequence from position `from` on, and the logits of the last n_logits of them. */
+static void cli_forward(cli_run *r, const int32_t *id, int from, int n, const uint32_t *block, int n_logits) {
     int32_t pos[1024];
     const uint32_t *blocks[1024];
     unsigned char want[1024];
@@ -9219,7 +9220,7 @@ static double cli_bench_peak(cli_run *r) { /* T op/s of the level's int8 product
 }
 
 typedef struct {
-    double prefill[1000], decode[1000], read[1000], peak[1000]; /* by round */
+    double prefill[1000], decode[1000], read[1000], peak[1000], dispatch[1000]; /* by round */
     int n;
 } cli_rounds;
 
@@ -9233,18 +9234,41 @@ static double cli_bench_prefill(cli_run *r, const int32_t *id, int n, const uint
     return sys_now() - begun;
 }
 
-/* Seconds for n steps of a batch of sequences, from an empty context on: so that weights dominate. */
-static double cli_bench_decode(cli_run *r, int batch, int n, uint32_t *const *blocks) {
+/* Seconds for n steps of a batch of sequences at a depth: from an empty context on, the weights dominate. */
+static double cli_bench_decode(cli_run *r, int batch, int depth, int n, uint32_t *const *blocks) {
     int32_t id[MAX_PARALLEL], pos[MAX_PARALLEL];
     const uint32_t *table[MAX_PARALLEL];
     unsigned char want[MAX_PARALLEL];
     double begun = sys_now();
     for (int step = 0; step < n; step++) {
-        for (int i = 0; i < batch; i++) id[i] = (step * 31 + i * 7 + 5) % r->m->n_vocab, pos[i] = step, table[i] = blocks[i], want[i] = 1;
+        for (int i = 0; i < batch; i++) id[i] = (step * 31 + i * 7 + 5) % r->m->n_vocab, pos[i] = depth + step, table[i] = blocks[i], want[i] = 1;
         model_batch b = {batch, id, pos, table, want, NULL, NULL};
         model_forward(&r->run, &b);
     }
     return sys_now() - begun;
+}
+
+typedef struct {
+    int met, threads; /* met: atomic */
+} cli_meeting;
+
+static void cli_bench_meet(void *ctx, int64_t item, int thread) { /* holds its thread until each has an item */
+    cli_meeting *m = ctx;
+    (void)item, (void)thread;
+    __atomic_fetch_add(&m->met, 1, __ATOMIC_RELAXED);
+    for (int spin = 0; __atomic_load_n(&m->met, __ATOMIC_RELAXED) < m->threads; spin++)
+        if (spin < 1000) pool_pause();
+        else sched_yield();
+}
+
+static double cli_bench_dispatch(cli_run *r) { /* microseconds in which all threads come to a piece of work, and are done */
+    enum { TIMES = 5000 };
+    double from = sys_now();
+    for (int i = 0; i < TIMES; i++) {
+        cli_meeting m = {0, r->threads.n_threads};
+        pool_run(&r->threads, cli_bench_meet, &m, m.threads);
+    }
+    return (sys_now() - from) / TIMES * 1e6;
 }
 
 static double cli_weights_per_token(const model *m) { /* multiplied in the layers, the output head aside */
@@ -9260,6 +9284,8 @@ static void cli_bench_report(const cli_settings *c, const cli_run *r, cli_rounds
     const model *m = r->m;
     double p = (double)c->bench_prompt, prefill = cli_median(t->prefill, t->n), decode = cli_median(t->decode, t->n);
     double read = cli_median(t->read, t->n), peak = cli_median(t->peak, t->n), steps = decode / (double)c->bench_batch;
+    double kv = ((double)c->bench_depth + (double)(c->n + 1) / 2) * (double)r->kv.layout.block_bytes / KV_BLOCK; /* of one sequence, on average */
+    double bytes = (double)m->token_bytes + kv * (double)c->bench_batch;
     double ops = 2 * (cli_weights_per_token(m) + (p > 0 ? (double)m->output.n * (double)m->output.rows / p : 0));
     buf b = {0};
     buf_putc(&b, '{');
@@ -9268,10 +9294,12 @@ static void cli_bench_report(const cli_settings *c, const cli_run *r, cli_rounds
     json_kv_int(&b, "prompt_tokens", c->bench_prompt), json_kv_int(&b, "decode_tokens", c->n);
     json_kv_int(&b, "batch", c->bench_batch), json_kv_int(&b, "chunk", r->chunk);
     json_kv_num(&b, "prefill_tok_s", prefill, 2), json_kv_num(&b, "decode_tok_s", decode, 2);
-    json_kv_u64(&b, "weight_bytes_per_token", m->token_bytes);
+    json_kv_int(&b, "depth", c->bench_depth);
+    json_kv_u64(&b, "weight_bytes_per_token", m->token_bytes), json_kv_u64(&b, "kv_bytes_per_token", (uint64_t)kv);
     json_kv_num(&b, "read_gb_s", read, 2), json_kv_num(&b, "int8_tops", peak, 3);
-    json_kv_num(&b, "decode_bandwidth_share", read > 0 ? steps * (double)m->token_bytes / (read * 1e9) : (double)NAN, 3);
+    json_kv_num(&b, "decode_bandwidth_share", read > 0 ? steps * bytes / (read * 1e9) : (double)NAN, 3);
     json_kv_num(&b, "prefill_peak_share", peak > 0 ? prefill * ops / (peak * 1e12) : (double)NAN, 3);
+    json_kv_num(&b, "dispatch_us", cli_median(t->dispatch, t->n), 2);
     json_kv_u64(&b, "scratch_bytes", r->run.bytes);
     buf_putc(&b, '}');
     if (c->json) cli_print(&b), putchar('\n');
@@ -9283,22 +9311,24 @@ static int cli_bench(cli_settings *c) {
     static cli_rounds t;
     cli_run r;
     uint32_t *block[MAX_PARALLEL] = {0}, *prompt_block;
-    int batch = (int)c->bench_batch, n = (int)c->n, p = (int)c->bench_prompt, ok = 1;
-    int need = kv_blocks_for(p) + batch * kv_blocks_for(n);
+    int batch = (int)c->bench_batch, n = (int)c->n, p = (int)c->bench_prompt, depth = (int)c->bench_depth, ok = 1;
+    int each = n ? kv_blocks_for(depth + n) : 0, need = kv_blocks_for(p) + batch * each;
     if (!cli_run_open(&r, c, (need ? need : 1) * KV_BLOCK, batch, batch)) return 1;
     uint32_t *table = sys_zalloc((size_t)need, sizeof *table);
     int32_t *id = sys_zalloc((size_t)p, sizeof *id);
     kv_seq all = {table, 0, 0};
     ok = table && id && kv_reserve(&r.kv, &all, (int64_t)need * KV_BLOCK);
     prompt_block = table;
-    for (int i = 0; ok && i < batch; i++) block[i] = table + kv_blocks_for(p) + i * kv_blocks_for(n);
+    for (int i = 0; ok && i < batch; i++) block[i] = table + kv_blocks_for(p) + i * each;
+    memset(r.kv.base, 0x2c, (size_t)(depth && need ? need : 0) * r.kv.layout.block_bytes); /* small numbers: pages never written are no memory to read */
     for (int i = 0; ok && i < p; i++) id[i] = (i * 37 + 11) % r.m->n_vocab;
-    if (ok) cli_bench_read(&r), cli_bench_decode(&r, batch, n < 2 ? n : 2, block); /* page tables and caches */
+    if (ok) cli_bench_read(&r), cli_bench_decode(&r, batch, depth, n < 2 ? n : 2, block); /* page tables and caches */
     for (t.n = 0; ok && t.n < (int)c->bench_rounds; t.n++) {
         t.peak[t.n] = cli_bench_peak(&r);
         t.prefill[t.n] = p ? p / cli_bench_prefill(&r, id, p, prompt_block) : 0;
         t.read[t.n] = cli_bench_read(&r);
-        t.decode[t.n] = n ? (double)n * batch / cli_bench_decode(&r, batch, n, block) : 0;
+        t.decode[t.n] = n ? (double)n * batch / cli_bench_decode(&r, batch, depth, n, block) : 0;
+        t.dispatch[t.n] = cli_bench_dispatch(&r);
     }
     if (ok) cli_bench_report(c, &r, &t);
     free(table), free(id);
