@@ -2288,6 +2288,10 @@ LORCH_INLINE F FN(f_fma)(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (
 LORCH_INLINE F FN(f_max)(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); } /* a > b ? a : b */
 LORCH_INLINE F FN(f_min)(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
 LORCH_INLINE F FN(f_half)(const void *p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+LORCH_INLINE V FN(v_table)(const int8_t *table, uint8_t offset, V v) { /* table[byte] + offset, for each byte below 16 */
+    __m128i t = _mm_add_epi8(_mm_loadu_si128((const void *)table), _mm_set1_epi8((char)offset));
+    return (V)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), (__m512i)v);
+}
 LORCH_INLINE F FN(f_half_low)(V v) { return (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)v)); }
 LORCH_INLINE __m512i FN(v_gather)(const char *p, const char *q, const char *r, const char *t) {
     __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
@@ -2324,6 +2328,10 @@ LORCH_INLINE F FN(f_fma)(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (
 LORCH_INLINE F FN(f_max)(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
 LORCH_INLINE F FN(f_min)(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 LORCH_INLINE F FN(f_half)(const void *p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+LORCH_INLINE V FN(v_table)(const int8_t *table, uint8_t offset, V v) {
+    __m128i t = _mm_add_epi8(_mm_loadu_si128((const void *)table), _mm_set1_epi8((char)offset));
+    return (V)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), (__m256i)v);
+}
 LORCH_INLINE F FN(f_half_low)(V v) {
     __m256i low = (__m256i)(v & 0xffff);
     return (F)_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 8)));
@@ -2355,6 +2363,9 @@ LORCH_INLINE F FN(f_fma)(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (f
 LORCH_INLINE F FN(f_max)(F a, F b) { return (F)vbslq_f32(vcgtq_f32((float32x4_t)a, (float32x4_t)b), (float32x4_t)a, (float32x4_t)b); }
 LORCH_INLINE F FN(f_min)(F a, F b) { return (F)vbslq_f32(vcltq_f32((float32x4_t)a, (float32x4_t)b), (float32x4_t)a, (float32x4_t)b); }
 LORCH_INLINE F FN(f_half)(const void *p) { return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+LORCH_INLINE V FN(v_table)(const int8_t *table, uint8_t offset, V v) {
+    return (V)vqtbl1q_u8(vaddq_u8(vreinterpretq_u8_s8(vld1q_s8(table)), vdupq_n_u8(offset)), (uint8x16_t)v);
+}
 LORCH_INLINE F FN(f_half_low)(V v) { return (F)vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32((uint32x4_t)v))); }
 LORCH_INLINE FN(mat_four) FN(v_turn)(const char *p, size_t s) {
     int32x4_t a = (int32x4_t)FN(v_load)(p), b = (int32x4_t)FN(v_load)(p + s);
@@ -2408,6 +2419,11 @@ LORCH_INLINE F FN(f_half)(const void *p) {
     V v = {0};
     for (int i = 0; i < LANES; i++) v[i] = ((const uint16_t *)p)[i];
     return FN(f_half_low)(v);
+}
+LORCH_INLINE V FN(v_table)(const int8_t *table, uint8_t offset, V v) {
+    FN(mat_bytes) b = (FN(mat_bytes))v;
+    for (int i = 0; i < 4 * LANES; i++) b[i] = (uint8_t)(table[b[i] & 15] + offset);
+    return (V)b;
 }
 LORCH_INLINE FN(mat_four) FN(v_turn)(const char *p, size_t s) {
     V a = FN(v_load)(p), b = FN(v_load)(p + s), c = FN(v_load)(p + 2 * s), d = FN(v_load)(p + 3 * s);
@@ -2498,25 +2514,42 @@ typedef struct {
     int pairs;  /* of mins: 0, 4 or 8; with BLOCKS 0 or 1 */
     int wide;   /* codes over 6 bits */
     int shift;  /* codes are offset by 1 << shift, if there are no mins */
+    int blocks; /* BLOCKS, not SUPERBLOCKS */
 } FN(mat_shape);
 
-/* Any format: each row is unpacked by itself, then the rows are turned. Rows past the end repeat the last. */
-LORCH_INLINE void FN(mat_fill)(FN(mat_tile) *o, const mat_product *p, int64_t row, int64_t slice, FN(mat_shape) s, int bytes,
-                               int block, void (*unpack)(const void *, quant_block *)) {
+/* A chain of 5-bit codes in int16 ends after 4 dots. */
+enum { FN(MAT_CHAIN5) = MAT_PAIRED ? 4 : 8 };
+
+LORCH_INLINE FN(mat_shape) FN(mat_shape_of)(int type) {
+    switch (type) {
+    case QUANT_Q4_0: return (FN(mat_shape)){8, 0, 0, 3, 1};
+    case QUANT_Q5_0: case QUANT_MXFP4: return (FN(mat_shape)){8, 0, 0, 4, 1};
+    case QUANT_Q8_0: case QUANT_IQ4_NL: return (FN(mat_shape)){8, 0, 1, 7, 1};
+    case QUANT_Q4_1: case QUANT_Q5_1: return (FN(mat_shape)){FN(MAT_CHAIN5), 1, 0, 0, 1};
+    case QUANT_Q4_K: return (FN(mat_shape)){8, 4, 0, 0, 0};
+    case QUANT_Q5_K: return (FN(mat_shape)){FN(MAT_CHAIN5), 4, 0, 0, 0};
+    case QUANT_Q2_K: return (FN(mat_shape)){4, 8, 0, 0, 0};
+    case QUANT_Q3_K: return (FN(mat_shape)){4, 0, 0, 2, 0};
+    case QUANT_Q6_K: return (FN(mat_shape)){4, 0, 0, 5, 0};
+    default: return (FN(mat_shape)){4, 0, 1, 7, 0}; /* IQ4_XS */
+    }
+}
+
+/* Rows at a matrix's end, which fill no tile: each is unpacked by itself, then they are turned; the last is repeated. */
+static void FN(mat_fill_any)(FN(mat_tile) *o, const mat_product *p, int64_t row, int64_t slice, FN(mat_shape) s, int blocks) {
     int8_t codes[LANES][256];
-    int64_t per_row = p->act->n / block;
-    int blocks = block == 256 || p->act->n / 32 - slice * 8 > 8 ? 8 : (int)(p->act->n / 32 - slice * 8);
+    const quant_format *f = p->format;
     quant_block b;
     for (int r = 0; r < LANES; r++) {
-        const char *w = p->weights + ((row + r < p->n_rows ? row + r : p->n_rows - 1) * per_row + slice * (256 / block)) * bytes;
-        if (block == 32)
-            for (int i = 0; i < blocks; i++, w += bytes) {
-                unpack(w, &b);
+        const char *w = p->weights + (size_t)(row + r < p->n_rows ? row + r : p->n_rows - 1) * quant_row_bytes(f, p->act->n) + quant_row_bytes(f, slice * 256);
+        if (s.blocks)
+            for (int i = 0; i < blocks; i++, w += f->bytes) {
+                f->unpack(w, &b);
                 memcpy(codes[r] + 32 * i, b.q, 32);
                 o->d[i][r] = b.d, o->dmin[i][r] = s.pairs ? b.dmin : 0;
             }
         else {
-            unpack(w, &b);
+            f->unpack(w, &b);
             memcpy(codes[r], b.q, 256);
             for (int j = 0; j < 64 / s.chain; j++)
                 o->scale[j][r] = MAT_PAIRED ? (b.scale[j * s.chain / 4] & 0xffff) | b.scale[j * s.chain / 4] * 65536 : b.scale[j * s.chain / 4];
@@ -2532,88 +2565,6 @@ LORCH_INLINE void FN(mat_fill)(FN(mat_tile) *o, const mat_product *p, int64_t ro
     }
 }
 
-/* The hot formats are turned first and unpacked then, LANES rows at once. `stride` leads from row to row. */
-
-LORCH_INLINE void FN(mat_put)(int32_t (*q)[LANES], V a, V b, V c, V d) { STORE(q[0], a), STORE(q[1], b), STORE(q[2], c), STORE(q[3], d); }
-
-/* Q4_K's header: see quant_unpack_scales_k4. scale[8], min[4], d and dmin are filled in. */
-LORCH_INLINE void FN(mat_head_k4)(FN(mat_tile) *o, const char *w, size_t stride) {
-    FN(mat_four) h = FN(v_turn)(w, stride);
-    V s0 = h.b & 0x3f3f3f3f, s1 = FN(v_low)(h.d) | (h.b >> 2 & 0x30303030);
-    V m0 = h.c & 0x3f3f3f3f, m1 = FN(v_high)(h.d) | (h.c >> 2 & 0x30303030);
-    STORE(o->scale[0], FN(v_scale)(s0 & 255)), STORE(o->scale[1], FN(v_scale)(s0 >> 8 & 255));
-    STORE(o->scale[2], FN(v_scale)(s0 >> 16 & 255)), STORE(o->scale[3], FN(v_scale)(s0 >> 24));
-    STORE(o->scale[4], FN(v_scale)(s1 & 255)), STORE(o->scale[5], FN(v_scale)(s1 >> 8 & 255));
-    STORE(o->scale[6], FN(v_scale)(s1 >> 16 & 255)), STORE(o->scale[7], FN(v_scale)(s1 >> 24));
-    STORE(o->min[0], (m0 & 255) | (m0 & 0xff00) << 8), STORE(o->min[1], (m0 >> 16 & 255) | (m0 >> 8 & 0xff0000));
-    STORE(o->min[2], (m1 & 255) | (m1 & 0xff00) << 8), STORE(o->min[3], (m1 >> 16 & 255) | (m1 >> 8 & 0xff0000));
-    FN(f_store)(o->d[0], FN(f_half_low)(h.a)), FN(f_store)(o->dmin[0], FN(f_half_low)(h.a >> 16));
-}
-
-LORCH_INLINE void FN(mat_fill_q4_k)(FN(mat_tile) *o, const char *w, size_t stride) {
-    FN(mat_head_k4)(o, w, stride);
-    for (int i = 0; i < 8; i++) { /* 16 bytes: 16 weights in low nibbles, and those 32 further on in high ones */
-        FN(mat_four) t = FN(v_turn)(w + 16 + 16 * i, stride);
-        int k = i / 2 * 16 + i % 2 * 4;
-        FN(mat_put)(o->q + k, FN(v_low)(t.a), FN(v_low)(t.b), FN(v_low)(t.c), FN(v_low)(t.d));
-        FN(mat_put)(o->q + k + 8, FN(v_high)(t.a), FN(v_high)(t.b), FN(v_high)(t.c), FN(v_high)(t.d));
-    }
-}
-
-LORCH_INLINE void FN(mat_head_q6_k)(FN(mat_tile) *o, const char *w, size_t stride) { /* scale[16] and d */
-    FN(mat_four) h = FN(v_turn)(w + offsetof(quant_q6_k, scales), stride);
-#define FOUR(j, v) \
-    STORE(o->scale[j], FN(v_scale)(v << 24 >> 24)), STORE(o->scale[j + 1], FN(v_scale)(v << 16 >> 24)); \
-    STORE(o->scale[j + 2], FN(v_scale)(v << 8 >> 24)), STORE(o->scale[j + 3], FN(v_scale)(v >> 24));
-    FOUR(0, h.a) FOUR(4, h.b) FOUR(8, h.c) FOUR(12, h.d)
-#undef FOUR
-    FN(f_store)(o->d[0], FN(f_halves)(w + offsetof(quant_q6_k, d), stride));
-}
-
-/* Q6_K: 16 columns in each quarter of half a superblock: the low nibbles of l0 and l1, then the high ones,
- * with two bits each of h above them. */
-#define Q6_CODES(x0, x1, x2, x3, l0, l1, h) \
-    V x0 = FN(v_codes)(FN(v_low)(l0) | (h << 4 & 0x30303030), 5), x1 = FN(v_codes)(FN(v_low)(l1) | (h << 2 & 0x30303030), 5), \
-      x2 = FN(v_codes)(FN(v_high)(l0) | (h & 0x30303030), 5), x3 = FN(v_codes)(FN(v_high)(l1) | (h >> 2 & 0x30303030), 5);
-
-LORCH_INLINE void FN(mat_fill_q6_k)(FN(mat_tile) *o, const char *w, size_t stride) {
-    FN(mat_head_q6_k)(o, w, stride);
-    for (int i = 0; i < 4; i++) {
-        const char *low = w + i / 2 * 64 + i % 2 * 16;
-        FN(mat_four) l = FN(v_turn)(low, stride), m = FN(v_turn)(low + 32, stride), h = FN(v_turn)(w + 128 + i * 16, stride);
-        int32_t(*q)[LANES] = o->q + i / 2 * 32 + i % 2 * 4;
-#define COLUMN(n, f) { Q6_CODES(x0, x1, x2, x3, l.f, m.f, h.f) STORE(q[n], x0), STORE(q[8 + n], x1), STORE(q[16 + n], x2), STORE(q[24 + n], x3); }
-        COLUMN(0, a) COLUMN(1, b) COLUMN(2, c) COLUMN(3, d)
-#undef COLUMN
-    }
-}
-
-LORCH_INLINE void FN(mat_fill_q8_0)(FN(mat_tile) *o, const char *w, size_t stride) {
-    for (int i = 0; i < 16; i++) {
-        const char *b = w + (size_t)(i / 2) * sizeof(quant_q8_0);
-        FN(mat_four) t = FN(v_turn)(b + 2 + i % 2 * 16, stride);
-        FN(mat_put)(o->q + 4 * i, FN(v_wide_codes)(t.a), FN(v_wide_codes)(t.b), FN(v_wide_codes)(t.c), FN(v_wide_codes)(t.d));
-        if (i % 2) FN(f_store)(o->d[i / 2], FN(f_halves)(b, stride));
-    }
-}
-
-LORCH_INLINE void FN(mat_fill_q4_0)(FN(mat_tile) *o, const char *w, size_t stride) {
-    for (int i = 0; i < 8; i++, w += sizeof(quant_q4_0)) {
-        FN(mat_four) t = FN(v_turn)(w + 2, stride);
-#define LOW(v) FN(v_codes)(FN(v_low)(v), 3)
-#define HIGH(v) FN(v_codes)(FN(v_high)(v), 3)
-        FN(mat_put)(o->q + 8 * i, LOW(t.a), LOW(t.b), LOW(t.c), LOW(t.d));
-        FN(mat_put)(o->q + 8 * i + 4, HIGH(t.a), HIGH(t.b), HIGH(t.c), HIGH(t.d));
-        FN(f_store)(o->d[i], FN(f_halves)(w, stride));
-    }
-}
-
-/* ---- micro-kernels: two tiles against up to six tokens. gcc keeps named sums in registers, arrays not ---- */
-
-#define EVERY(S) S(0) S(1) S(2) S(3) S(4) S(5)
-#define EACH(S) \
-    { S(0) } if (tokens > 1) { S(1) } if (tokens > 2) { S(2) } if (tokens > 3) { S(3) } if (tokens > 4) { S(4) } if (tokens > 5) { S(5) }
-
 LORCH_INLINE F FN(mat_super_value)(const FN(mat_tile) *w, V dot, const mat_x *x, int pairs) {
     F f = TILE_F(w->d[0]) * FN(f_int)(dot);
     if (!pairs) return f;
@@ -2622,6 +2573,278 @@ LORCH_INLINE F FN(mat_super_value)(const FN(mat_tile) *w, V dot, const mat_x *x,
     LORCH_UNROLL for (int i = 0; i < pairs; i++) m = FN(v_pairs)(m, TILE(w->min[i]), FN(v_at)(sum + 2 * i));
     return FN(f_fma)(-TILE_F(w->dmin[0]), FN(f_int)(m), f);
 }
+
+/* ---- unpacking LANES rows at once: they are turned first, and their codes then go where the sink says ---- */
+
+/* Into a tile; or, of one token, straight into its sums: `sum` of a superblock, or of a block, which ends in `acc`. */
+typedef struct {
+    FN(mat_shape) shape;
+    FN(mat_tile) *tile; /* with one token, of SUPERBLOCKS: their scales, mins, d and dmin */
+    const mat_x *x;     /* NULL: fill the tile */
+    const char *next;   /* what is fetched meanwhile: LANES times bytes for each block */
+    V even, odd;        /* chains of 32 columns that 16 have gone into */
+    V sum;
+    F acc, d, dmin;
+    int bytes;
+} FN(mat_sink);
+
+/* Part i of `parts` of LANES blocks. All fetches at once would hold up the loads, and so the compiler (gcc
+ * moves them to the head of a loop) is told that each has to do with the sum that is passed through. */
+LORCH_INLINE V FN(mat_fetch_part)(V sum, const char *p, int block, int i, int parts) {
+    int lines = (LANES * block + 63) / 64, from = lines * i / parts, to = lines * (i + 1) / parts;
+#if LANES >= 8
+    LORCH_UNROLL for (int n = from; n < to; n++) __asm__("prefetcht0 %1" : "+v"(sum) : "m"(p[64 * n]));
+#else
+    for (int n = from; n < to; n++) __builtin_prefetch(p + 64 * n);
+#endif
+    return sum;
+}
+
+LORCH_INLINE F FN(mat_block_value)(F acc, V dot, F d, F dmin, const mat_x *x, int j, int mins) {
+    F dx = FN(f_all)(x->u.block.d[j]);
+    if (!mins) return FN(f_fma)(FN(f_int)(dot), d * dx, acc);
+    return FN(f_fma)(dx, FN(f_fma)(-dmin, FN(f_all)(x->u.block.sum[j]), d * FN(f_int)(dot)), acc);
+}
+
+/* Takes the codes of columns 16 * j and on. */
+LORCH_INLINE void FN(mat_take)(FN(mat_sink) *o, int j, V a, V b, V c, V d) {
+    FN(mat_shape) s = o->shape;
+    if (!o->x) {
+        STORE(o->tile->q[4 * j], a), STORE(o->tile->q[4 * j + 1], b), STORE(o->tile->q[4 * j + 2], c), STORE(o->tile->q[4 * j + 3], d);
+        return;
+    }
+    int wide = s.wide && MAT_PAIRED, offset = !s.pairs && !wide, each = s.blocks ? 2 : 16, odd = !s.blocks && j / 2 % 2;
+    const int8_t *q = o->x->q + 16 * j;
+    V chain = odd ? o->odd : o->even;
+    if (s.chain == 4 || j % 2 == 0) chain = offset && !(s.blocks && j % 2) ? FN(v_start)(o->x->start[s.blocks ? j / 2 : j], s.shift) : (V){0};
+    chain = FN(mat_fetch_part)(chain, o->next, o->bytes, j % each, each);
+#define DOT(v, n) chain = wide ? FN(v_dot_wide)(chain, v, FN(v_at)(q + 4 * n)) : FN(v_dot)(chain, v, FN(v_at)(q + 4 * n))
+    DOT(a, 0), DOT(b, 1), DOT(c, 2), DOT(d, 3);
+#undef DOT
+    if (s.chain == 8 && j % 2 == 0) {
+        if (odd) o->odd = chain;
+        else o->even = chain;
+        return;
+    }
+    V scale = TILE(o->tile->scale[s.chain == 8 ? j / 2 : j]), sum = s.blocks && (s.chain == 8 || j % 2 == 0) ? (V){0} : o->sum;
+    if (s.blocks) o->sum = wide ? FN(v_summed_wide)(sum, chain) : FN(v_summed)(sum, chain);
+    else o->sum = wide ? FN(v_scaled_wide)(sum, chain, scale) : FN(v_scaled)(sum, chain, scale);
+    if (s.blocks && j % 2) o->acc = FN(mat_block_value)(o->acc, o->sum, o->d, o->dmin, o->x, j / 2, s.pairs);
+}
+
+/* BLOCKS: the scale of block i, and its minimum (negated), before its codes. */
+LORCH_INLINE void FN(mat_take_scale)(FN(mat_sink) *o, int i, F d, F dmin) {
+    o->d = d, o->dmin = dmin;
+    if (o->x) return;
+    FN(f_store)(o->tile->d[i], d);
+    if (o->shape.pairs) FN(f_store)(o->tile->dmin[i], dmin);
+}
+
+/* Codes as the level wants them: v unsigned ones less 1 << shift, or what v stands for in a table of 16 numbers. */
+LORCH_INLINE V FN(v_stands_for)(V v, const int8_t *table, FN(mat_shape) s) {
+    return FN(v_table)(table, MAT_SIGNED || (s.wide && MAT_PAIRED) ? 0 : (uint8_t)(1 << s.shift), v);
+}
+
+LORCH_INLINE void FN(mat_take_nibbles)(FN(mat_sink) *o, int low, int high, FN(mat_four) t, const int8_t *table) {
+    FN(mat_shape) s = o->shape;
+#define CODE(v) (table ? FN(v_stands_for)(v, table, s) : s.pairs ? (v) : FN(v_codes)(v, s.shift))
+    FN(mat_take)(o, low, CODE(FN(v_low)(t.a)), CODE(FN(v_low)(t.b)), CODE(FN(v_low)(t.c)), CODE(FN(v_low)(t.d)));
+    FN(mat_take)(o, high, CODE(FN(v_high)(t.a)), CODE(FN(v_high)(t.b)), CODE(FN(v_high)(t.c)), CODE(FN(v_high)(t.d)));
+#undef CODE
+}
+
+/* The same with a bit above each nibble: bits 4k to 4k + 3 of `high` belong to the k-th four columns. */
+LORCH_INLINE void FN(mat_take_fifth)(FN(mat_sink) *o, int j, FN(mat_four) t, V high) {
+    FN(mat_shape) s = o->shape;
+#define FIFTH(k) ((high >> 4 * (k) & 15) * 0x02040810 & 0x10101010)
+#define CODE(v, k) (s.pairs ? (v) | FIFTH(k) : FN(v_codes)((v) | FIFTH(k), s.shift))
+    FN(mat_take)(o, j, CODE(FN(v_low)(t.a), 0), CODE(FN(v_low)(t.b), 1), CODE(FN(v_low)(t.c), 2), CODE(FN(v_low)(t.d), 3));
+    FN(mat_take)(o, j + 1, CODE(FN(v_high)(t.a), 4), CODE(FN(v_high)(t.b), 5), CODE(FN(v_high)(t.c), 6), CODE(FN(v_high)(t.d), 7));
+#undef FIFTH
+#undef CODE
+}
+
+/* Block i of a row of BLOCKS, at w in the first of the rows; `stride` leads from row to row. */
+LORCH_INLINE void FN(mat_take_block)(FN(mat_sink) *o, int type, int i, const char *w, size_t stride) {
+    FN(mat_four) h = {{0}, {0}, {0}, {0}}, t, u;
+    if (type == QUANT_Q4_1 || type == QUANT_Q5_0 || type == QUANT_Q5_1 || type == QUANT_MXFP4) h = FN(v_turn)(w, stride);
+    if (type == QUANT_Q4_1 || type == QUANT_Q5_1) FN(mat_take_scale)(o, i, FN(f_half_low)(h.a), -FN(f_half_low)(h.a >> 16));
+    else if (type == QUANT_Q5_0) FN(mat_take_scale)(o, i, FN(f_half_low)(h.a), (F){0});
+    else if (type == QUANT_MXFP4) { /* 2^(e - 128): a denormal below 2^-126 */
+        V e = h.a & 255, tiny = e < 2;
+        FN(mat_take_scale)(o, i, (F)((tiny & FN(v_all)(0x200000) << (e & 1)) | (~tiny & (e - 1) << 23)), (F){0});
+    } else FN(mat_take_scale)(o, i, FN(f_halves)(w, stride), (F){0});
+    t = FN(v_turn)(w + quant_formats[type].bytes - (type == QUANT_Q8_0 ? 32 : 16), stride);
+    switch (type) {
+    case QUANT_Q5_0: FN(mat_take_fifth)(o, 2 * i, t, (h.a >> 16 & 0xffff) | h.b << 16); break;
+    case QUANT_Q5_1: FN(mat_take_fifth)(o, 2 * i, t, h.b); break;
+    case QUANT_Q8_0:
+        u = FN(v_turn)(w + 18, stride);
+        FN(mat_take)(o, 2 * i, FN(v_wide_codes)(t.a), FN(v_wide_codes)(t.b), FN(v_wide_codes)(t.c), FN(v_wide_codes)(t.d));
+        FN(mat_take)(o, 2 * i + 1, FN(v_wide_codes)(u.a), FN(v_wide_codes)(u.b), FN(v_wide_codes)(u.c), FN(v_wide_codes)(u.d));
+        break;
+    default: FN(mat_take_nibbles)(o, 2 * i, 2 * i + 1, t, type == QUANT_IQ4_NL ? quant_curve : type == QUANT_MXFP4 ? quant_fp4 : NULL);
+    }
+}
+
+/* Four scales, the bytes of each lane of v, signed; each once or twice. */
+LORCH_INLINE void FN(mat_put_scales)(FN(mat_tile) *o, int j, V v, int times) {
+    V a = FN(v_scale)(v << 24 >> 24), b = FN(v_scale)(v << 16 >> 24), c = FN(v_scale)(v << 8 >> 24), d = FN(v_scale)(v >> 24);
+    j *= times;
+    STORE(o->scale[j], a), STORE(o->scale[j + times], b), STORE(o->scale[j + 2 * times], c), STORE(o->scale[j + 3 * times], d);
+    if (times == 2) STORE(o->scale[j + 1], a), STORE(o->scale[j + 3], b), STORE(o->scale[j + 5], c), STORE(o->scale[j + 7], d);
+}
+
+LORCH_INLINE void FN(mat_put_mins)(FN(mat_tile) *o, int j, V v) { /* four mins, in two pairs */
+    STORE(o->min[j], (v & 255) | (v & 0xff00) << 8), STORE(o->min[j + 1], (v >> 16 & 255) | (v >> 8 & 0xff0000));
+}
+
+/* The scales, mins, d and dmin of a superblock: see quant_unpack_*. */
+LORCH_INLINE void FN(mat_head)(FN(mat_tile) *o, int type, const char *w, size_t stride) {
+    FN(mat_four) h;
+    int times = type == QUANT_Q5_K ? 8 / FN(MAT_CHAIN5) : 1;
+    switch (type) {
+    case QUANT_Q4_K: case QUANT_Q5_K:
+        h = FN(v_turn)(w, stride);
+        FN(mat_put_scales)(o, 0, h.b & 0x3f3f3f3f, times), FN(mat_put_scales)(o, 4, FN(v_low)(h.d) | (h.b >> 2 & 0x30303030), times);
+        FN(mat_put_mins)(o, 0, h.c & 0x3f3f3f3f), FN(mat_put_mins)(o, 2, FN(v_high)(h.d) | (h.c >> 2 & 0x30303030));
+        FN(f_store)(o->d[0], FN(f_half_low)(h.a)), FN(f_store)(o->dmin[0], FN(f_half_low)(h.a >> 16));
+        return;
+    case QUANT_Q2_K:
+        h = FN(v_turn)(w, stride);
+        FN(mat_put_scales)(o, 0, FN(v_low)(h.a), 1), FN(mat_put_scales)(o, 4, FN(v_low)(h.b), 1);
+        FN(mat_put_scales)(o, 8, FN(v_low)(h.c), 1), FN(mat_put_scales)(o, 12, FN(v_low)(h.d), 1);
+        FN(mat_put_mins)(o, 0, FN(v_high)(h.a)), FN(mat_put_mins)(o, 2, FN(v_high)(h.b));
+        FN(mat_put_mins)(o, 4, FN(v_high)(h.c)), FN(mat_put_mins)(o, 6, FN(v_high)(h.d));
+        h = FN(v_turn)(w + sizeof(quant_q2_k) - 16, stride);
+        FN(f_store)(o->d[0], FN(f_half_low)(h.d)), FN(f_store)(o->dmin[0], FN(f_half_low)(h.d >> 16));
+        return;
+    case QUANT_Q3_K:
+        h = FN(v_turn)(w + offsetof(quant_q3_k, scales) - 4, stride);
+#define SIX(low, shift) (V)((FN(mat_bytes))((low) | (h.d >> (shift) & 0x03030303) << 4) - 32)
+        FN(mat_put_scales)(o, 0, SIX(FN(v_low)(h.b), 0), 1), FN(mat_put_scales)(o, 4, SIX(FN(v_low)(h.c), 2), 1);
+        FN(mat_put_scales)(o, 8, SIX(FN(v_high)(h.b), 4), 1), FN(mat_put_scales)(o, 12, SIX(FN(v_high)(h.c), 6), 1);
+#undef SIX
+        FN(f_store)(o->d[0], FN(f_halves)(w + offsetof(quant_q3_k, d), stride));
+        return;
+    case QUANT_IQ4_XS:
+        h = FN(v_turn)(w, stride);
+        LORCH_UNROLL for (int c = 0; c < 8; c++) {
+            V scale = FN(v_scale)(((h.b >> 4 * c & 15) | (h.a >> (16 + 2 * c) & 3) << 4) - 32);
+            STORE(o->scale[2 * c], scale), STORE(o->scale[2 * c + 1], scale);
+        }
+        FN(f_store)(o->d[0], FN(f_half_low)(h.a));
+        return;
+    default: /* Q6_K */
+        h = FN(v_turn)(w + offsetof(quant_q6_k, scales), stride);
+        FN(mat_put_scales)(o, 0, h.a, 1), FN(mat_put_scales)(o, 4, h.b, 1), FN(mat_put_scales)(o, 8, h.c, 1), FN(mat_put_scales)(o, 12, h.d, 1);
+        FN(f_store)(o->d[0], FN(f_halves)(w + offsetof(quant_q6_k, d), stride));
+    }
+}
+
+LORCH_INLINE void FN(mat_take_q5_k)(FN(mat_sink) *o, const char *w, size_t stride) { /* as Q4_K, and a fifth bit of h */
+    const char *high = w + offsetof(quant_q5_k, high), *low = w + offsetof(quant_q5_k, q);
+    const FN(mat_four) h0 = FN(v_turn)(high, stride), h1 = FN(v_turn)(high + 16, stride);
+    LORCH_UNROLL for (int i = 0; i < 8; i++) {
+        FN(mat_four) t = FN(v_turn)(low + 16 * i, stride), h = i % 2 ? h1 : h0;
+#define LOW(f) (FN(v_low)(t.f) | (h.f >> i / 2 * 2 & 0x01010101) << 4)
+#define HIGH(f) (FN(v_high)(t.f) | (h.f >> (i / 2 * 2 + 1) & 0x01010101) << 4)
+        FN(mat_take)(o, i / 2 * 4 + i % 2, LOW(a), LOW(b), LOW(c), LOW(d));
+        FN(mat_take)(o, i / 2 * 4 + i % 2 + 2, HIGH(a), HIGH(b), HIGH(c), HIGH(d));
+#undef LOW
+#undef HIGH
+    }
+}
+
+/* Two bits of each weight; of Q3_K a third, in h, and then they are less 4. */
+LORCH_INLINE void FN(mat_take_q2_k)(FN(mat_sink) *o, int third, const char *w, size_t stride) {
+    LORCH_UNROLL for (int i = 0; i < 4; i++) {
+        FN(mat_four) h = {{0}, {0}, {0}, {0}}, t;
+        if (third) h = FN(v_turn)(w + i / 2 * 16, stride), t = FN(v_turn)(w + offsetof(quant_q3_k, q) + i % 2 * 32 + i / 2 * 16, stride);
+        else t = FN(v_turn)(w + offsetof(quant_q2_k, q) + i % 2 * 32 + i / 2 * 16, stride);
+        LORCH_UNROLL for (int c = 0; c < 4; c++) {
+            int j = i % 2 * 8 + 2 * c + i / 2;
+#define TWO(f) (t.f >> 2 * c & 0x03030303)
+#define THREE(f) FN(v_codes)(TWO(f) | (h.f >> (4 * (i % 2) + c) & 0x01010101) << 2, 2)
+            if (third) FN(mat_take)(o, j, THREE(a), THREE(b), THREE(c), THREE(d));
+            else FN(mat_take)(o, j, TWO(a), TWO(b), TWO(c), TWO(d));
+#undef TWO
+#undef THREE
+        }
+    }
+}
+
+/* Q6_K: 16 columns in each quarter of half a superblock: the low nibbles of l and m, then the high ones,
+ * with two bits each of h above them. */
+LORCH_INLINE void FN(mat_take_q6_k)(FN(mat_sink) *o, int i, const char *w, size_t stride) {
+    const char *low = w + i / 2 * 64 + i % 2 * 16;
+    FN(mat_four) l = FN(v_turn)(low, stride), m = FN(v_turn)(low + 32, stride), h = FN(v_turn)(w + 128 + i * 16, stride);
+    int j = i / 2 * 8 + i % 2;
+#define TAKE(at, CODE) FN(mat_take)(o, j + at, FN(v_codes)(CODE(a), 5), FN(v_codes)(CODE(b), 5), FN(v_codes)(CODE(c), 5), FN(v_codes)(CODE(d), 5));
+#define CODE0(f) FN(v_low)(l.f) | (h.f << 4 & 0x30303030)
+#define CODE1(f) FN(v_low)(m.f) | (h.f << 2 & 0x30303030)
+#define CODE2(f) FN(v_high)(l.f) | (h.f & 0x30303030)
+#define CODE3(f) FN(v_high)(m.f) | (h.f >> 2 & 0x30303030)
+    TAKE(0, CODE0) TAKE(2, CODE1) TAKE(4, CODE2) TAKE(6, CODE3)
+#undef TAKE
+#undef CODE0
+#undef CODE1
+#undef CODE2
+#undef CODE3
+}
+
+LORCH_INLINE void FN(mat_take_super)(FN(mat_sink) *o, int type, const char *w, size_t stride) { /* after mat_head */
+    switch (type) {
+    case QUANT_Q2_K: FN(mat_take_q2_k)(o, 0, w, stride); break;
+    case QUANT_Q3_K: FN(mat_take_q2_k)(o, 1, w, stride); break;
+    case QUANT_Q5_K: FN(mat_take_q5_k)(o, w, stride); break;
+    case QUANT_Q4_K: /* 16 bytes: 16 weights in low nibbles, and those 32 further on in high ones */
+        LORCH_UNROLL for (int i = 0; i < 8; i++)
+            FN(mat_take_nibbles)(o, i / 2 * 4 + i % 2, i / 2 * 4 + i % 2 + 2, FN(v_turn)(w + offsetof(quant_q4_k, q) + 16 * i, stride), NULL);
+        break;
+    case QUANT_IQ4_XS:
+        LORCH_UNROLL for (int i = 0; i < 8; i++)
+            FN(mat_take_nibbles)(o, 2 * i, 2 * i + 1, FN(v_turn)(w + offsetof(quant_iq4_xs, q) + 16 * i, stride), quant_curve);
+        break;
+    default: /* Q6_K */
+        LORCH_UNROLL for (int i = 0; i < 4; i++) FN(mat_take_q6_k)(o, i, w, stride);
+    }
+}
+
+/* Unpacks 256 columns, or the first `blocks` BLOCKS of them. */
+LORCH_INLINE void FN(mat_fill)(int type, FN(mat_tile) *to, const char *w, size_t stride, int blocks) {
+    FN(mat_sink) o = {FN(mat_shape_of)(type), to, NULL, NULL, {0}, {0}, {0}, {0}, {0}, {0}, 0};
+    if (o.shape.blocks)
+        for (int i = 0; i < blocks; i++, w += quant_formats[type].bytes) FN(mat_take_block)(&o, type, i, w, stride);
+    else FN(mat_head)(to, type, w, stride), FN(mat_take_super)(&o, type, w, stride);
+}
+
+/* The products of LANES rows with one token, in registers. `next` is fetched meanwhile: in a straight line and as
+ * many bytes, a block's share with each block, for memory is fastest so. */
+LORCH_INLINE F FN(mat_one)(int type, const char *w, const char *next, size_t stride, const mat_x *x, int64_t n) {
+    int bytes = quant_formats[type].bytes;
+    FN(mat_tile) head;
+    FN(mat_sink) o = {FN(mat_shape_of)(type), &head, x, next, {0}, {0}, {0}, {0}, {0}, {0}, bytes};
+    if (o.shape.blocks)
+        for (int64_t b = 0; b < n / 32; b++, w += bytes, o.next += LANES * bytes) {
+            o.x = x + b / 8;
+            FN(mat_take_block)(&o, type, (int)(b % 8), w, stride);
+        }
+    else
+        for (int64_t b = 0; b < n / 256; b++, w += bytes, o.next += LANES * bytes, o.x++) {
+            FN(mat_head)(&head, type, w, stride);
+            o.sum = (V){0};
+            FN(mat_take_super)(&o, type, w, stride);
+            o.acc = FN(f_fma)(FN(f_all)(o.x->u.super.d), FN(mat_super_value)(&head, o.sum, o.x, o.shape.pairs), o.acc);
+        }
+    return o.acc;
+}
+
+/* ---- micro-kernels: two tiles against up to six tokens. gcc keeps named sums in registers, arrays not ---- */
+
+#define EVERY(S) S(0) S(1) S(2) S(3) S(4) S(5)
+#define EACH(S) \
+    { S(0) } if (tokens > 1) { S(1) } if (tokens > 2) { S(2) } if (tokens > 3) { S(3) } if (tokens > 4) { S(4) } if (tokens > 5) { S(5) }
 
 LORCH_INLINE void FN(mat_super)(int tokens, FN(mat_shape) s, const FN(mat_tile) *w, const mat_x *x, float *c) {
     const FN(mat_tile) *v = w + 1;
@@ -2658,13 +2881,6 @@ LORCH_INLINE void FN(mat_super)(int tokens, FN(mat_shape) s, const FN(mat_tile) 
 #undef S
 }
 
-LORCH_INLINE F FN(mat_block_sum)(F acc, V dot, const FN(mat_tile) *w, int j, const mat_x *x, int mins) {
-    F d = TILE_F(w->d[j]), dx = FN(f_all)(x->u.block.d[j]);
-    if (!mins) return FN(f_fma)(FN(f_int)(dot), d * dx, acc);
-    F value = FN(f_fma)(-TILE_F(w->dmin[j]), FN(f_all)(x->u.block.sum[j]), d * FN(f_int)(dot));
-    return FN(f_fma)(dx, value, acc);
-}
-
 LORCH_INLINE void FN(mat_block)(int tokens, FN(mat_shape) s, int blocks, const FN(mat_tile) *w, const mat_x *x, float *c) {
     const FN(mat_tile) *v = w + 1;
     int wide = s.wide && MAT_PAIRED, offset = !s.pairs && !wide;
@@ -2698,7 +2914,8 @@ LORCH_INLINE void FN(mat_block)(int tokens, FN(mat_shape) s, int blocks, const F
             EACH(S)
 #undef S
         }
-#define S(t) f##t = FN(mat_block_sum)(f##t, i##t, w, j, x + t, s.pairs), g##t = FN(mat_block_sum)(g##t, k##t, v, j, x + t, s.pairs);
+        F d = TILE_F(w->d[j]), e = TILE_F(v->d[j]), dm = s.pairs ? TILE_F(w->dmin[j]) : d, em = s.pairs ? TILE_F(v->dmin[j]) : e;
+#define S(t) f##t = FN(mat_block_value)(f##t, i##t, d, dm, x + t, j, s.pairs), g##t = FN(mat_block_value)(g##t, k##t, e, em, x + t, j, s.pairs);
         EACH(S)
 #undef S
     }
@@ -2726,12 +2943,12 @@ LORCH_INLINE void FN(mat_fetch_rows)(const FN(mat_pass) *p, int t, int tokens, i
     for (int r = rows * from / all; r < rows * (from + 2 * tokens) / all; r++) FN(mat_fetch)(p->ahead + (size_t)r * p->stride, p->ahead_bytes);
 }
 
-LORCH_INLINE void FN(mat_sweep)(const FN(mat_pass) *p, int is_super, int chain, int pairs, int wide) {
-    FN(mat_shape) s = {chain, pairs, wide, p->shift};
+LORCH_INLINE void FN(mat_sweep)(const FN(mat_pass) *p, FN(mat_shape) s) {
+    s.shift = p->shift; /* formats that differ in it alone share a sweep */
 #define SWEEP(tokens) \
     for (int i = 0; i < p->tiles; i += 2) { \
         FN(mat_fetch_rows)(p, t, tokens, i); \
-        if (is_super) FN(mat_super)(tokens, s, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES); \
+        if (!s.blocks) FN(mat_super)(tokens, s, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES); \
         else FN(mat_block)(tokens, s, p->blocks, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES); \
     }
     int t = 0;
@@ -2741,196 +2958,59 @@ LORCH_INLINE void FN(mat_sweep)(const FN(mat_pass) *p, int is_super, int chain, 
 #undef SWEEP
 }
 
-/* The shapes that there are: BLOCKS without mins, with wide codes, with mins; SUPERBLOCKS of 32 with mins,
- * of 16 with mins, of 16 without, of 16 with wide codes. A chain of 5-bit codes in int16 ends after 4 dots. */
-enum { FN(MAT_CHAIN5) = MAT_PAIRED ? 4 : 8 };
-static __attribute__((noinline)) void FN(mat_sweep_b)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 0, 8, 0, 0); }
-static __attribute__((noinline)) void FN(mat_sweep_b_wide)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 0, 8, 0, 1); }
-static __attribute__((noinline)) void FN(mat_sweep_b_mins)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 0, FN(MAT_CHAIN5), 1, 0); }
-static __attribute__((noinline)) void FN(mat_sweep_k4)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, 8, 4, 0); }
-static __attribute__((noinline)) void FN(mat_sweep_k5)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, FN(MAT_CHAIN5), 4, 0); }
-static __attribute__((noinline)) void FN(mat_sweep_k2)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, 4, 8, 0); }
-static __attribute__((noinline)) void FN(mat_sweep_k6)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, 4, 0, 0); }
-static __attribute__((noinline)) void FN(mat_sweep_k_wide)(const FN(mat_pass) *p) { FN(mat_sweep)(p, 1, 4, 0, 1); }
+#define FORMAT(T) \
+    static __attribute__((noinline)) void FN(mat_fill_##T)(FN(mat_tile) *to, const char *w, size_t stride, int blocks) { \
+        FN(mat_fill)(QUANT_##T, to, w, stride, blocks); \
+    } \
+    static __attribute__((noinline)) F FN(mat_one_##T)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t n) { \
+        return FN(mat_one)(QUANT_##T, w, next, stride, x, n); \
+    }
+FORMAT(Q4_0) FORMAT(Q4_1) FORMAT(Q5_0) FORMAT(Q5_1) FORMAT(Q8_0) FORMAT(IQ4_NL) FORMAT(MXFP4)
+FORMAT(Q2_K) FORMAT(Q3_K) FORMAT(Q4_K) FORMAT(Q5_K) FORMAT(Q6_K) FORMAT(IQ4_XS)
+#undef FORMAT
+
+/* A sweep for each shape: BLOCKS plain, with wide codes, with mins; SUPERBLOCKS of 32 with mins, of 16 plain, ... */
+#define SWEEP(name, T) static __attribute__((noinline)) void FN(mat_sweep_##name)(const FN(mat_pass) *p) { FN(mat_sweep)(p, FN(mat_shape_of)(QUANT_##T)); }
+SWEEP(b, Q4_0) SWEEP(b_wide, Q8_0) SWEEP(b_mins, Q4_1) SWEEP(k4, Q4_K) SWEEP(k5, Q5_K) SWEEP(k2, Q2_K) SWEEP(k6, Q6_K) SWEEP(k_wide, IQ4_XS)
+#undef SWEEP
+
+typedef struct { /* what is specialised for a format, or for the shape of its blocks */
+    void (*fill)(FN(mat_tile) *to, const char *w, size_t stride, int blocks);
+    F (*one)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t n);
+    void (*sweep)(const FN(mat_pass) *p);
+} FN(mat_routines);
+
+static const FN(mat_routines) FN(mat_routines_of)[QUANT_TYPES] = {
+#define ROW(T, shape) [QUANT_##T] = {FN(mat_fill_##T), FN(mat_one_##T), FN(mat_sweep_##shape)}
+    ROW(Q4_0, b), ROW(Q5_0, b), ROW(MXFP4, b), ROW(Q8_0, b_wide), ROW(IQ4_NL, b_wide), ROW(Q4_1, b_mins), ROW(Q5_1, b_mins),
+    ROW(Q2_K, k2), ROW(Q3_K, k6), ROW(Q4_K, k4), ROW(Q5_K, k5), ROW(Q6_K, k6), ROW(IQ4_XS, k_wide)
+#undef ROW
+};
 
 /* Unpacks the slice for the rows from `row` on, and lets all tokens pass over it. */
-#define FILL(T, type, chain, pairs, wide, offset) \
-    do { \
-        const FN(mat_shape) s = {chain, pairs, wide, offset}; \
-        o->shift = offset; \
-        for (int i = 0; i < o->tiles; i++) \
-            FN(mat_fill)(o->tile + i, p, row + i * LANES, slice, s, quant_formats[QUANT_##T].bytes, quant_formats[QUANT_##T].block, \
-                         quant_unpack_##type); \
-    } while (0)
-#define FILL_HOT(T, type, chain, pairs, wide, offset) \
-    do { \
-        const quant_format *f = &quant_formats[QUANT_##T]; \
-        size_t stride = quant_row_bytes(f, p->act->n); \
-        const char *w = p->weights + (size_t)row * stride + quant_row_bytes(f, slice * 256); \
-        if (!hot) FILL(T, type, chain, pairs, wide, offset); \
-        else \
-            for (int i = 0; i < o->tiles; i++) FN(mat_fill_##type)(o->tile + i, w + (size_t)(i * LANES) * stride, stride); \
-        o->shift = offset; \
-    } while (0)
-
 static void FN(mat_slice)(FN(mat_pass) *o, const mat_product *p, int64_t row, int64_t slice) {
     int type = (int)(p->format - quant_formats);
-    int hot = row + o->tiles * LANES <= p->n_rows && p->act->n - slice * 256 >= 256;
-    switch (type) {
-    case QUANT_Q4_0: FILL_HOT(Q4_0, q4_0, 8, 0, 0, 3); FN(mat_sweep_b)(o); break;
-    case QUANT_Q5_0: FILL(Q5_0, q5_0, 8, 0, 0, 4); FN(mat_sweep_b)(o); break;
-    case QUANT_MXFP4: FILL(MXFP4, mxfp4, 8, 0, 0, 4); FN(mat_sweep_b)(o); break;
-    case QUANT_Q8_0: FILL_HOT(Q8_0, q8_0, 8, 0, 1, 7); FN(mat_sweep_b_wide)(o); break;
-    case QUANT_IQ4_NL: FILL(IQ4_NL, iq4_nl, 8, 0, 1, 7); FN(mat_sweep_b_wide)(o); break;
-    case QUANT_Q4_1: FILL(Q4_1, q4_1, 8, 1, 0, 0); FN(mat_sweep_b_mins)(o); break;
-    case QUANT_Q5_1: FILL(Q5_1, q5_1, 8, 1, 0, 0); FN(mat_sweep_b_mins)(o); break;
-    case QUANT_Q2_K: FILL(Q2_K, q2_k, 4, 8, 0, 0); FN(mat_sweep_k2)(o); break;
-    case QUANT_Q3_K: FILL(Q3_K, q3_k, 4, 0, 0, 2); FN(mat_sweep_k6)(o); break;
-    case QUANT_Q4_K: FILL_HOT(Q4_K, q4_k, 8, 4, 0, 0); FN(mat_sweep_k4)(o); break;
-    case QUANT_Q5_K: FILL(Q5_K, q5_k, FN(MAT_CHAIN5), 4, 0, 0); FN(mat_sweep_k5)(o); break;
-    case QUANT_Q6_K: FILL_HOT(Q6_K, q6_k, 4, 0, 0, 5); FN(mat_sweep_k6)(o); break;
-    case QUANT_IQ4_XS: FILL(IQ4_XS, iq4_xs, 4, 0, 1, 7); FN(mat_sweep_k_wide)(o); break;
-    default: break; /* the model's loader has refused everything else */
-    }
-}
-#undef FILL
-#undef FILL_HOT
-
-/* ---- one token: the hot formats meet it in registers, LANES rows at once, over n / 256 superblocks ----
- * Each loop fetches ahead of itself: the slice of rows that follows, a superblock's share at a time. */
-
-#if LANES >= 8
-#define DOTS(chain, at, x0, x1, x2, x3) \
-    chain = FN(v_dot)(chain, x0, FN(v_at)((at))), chain = FN(v_dot)(chain, x1, FN(v_at)((at) + 4)), \
-    chain = FN(v_dot)(chain, x2, FN(v_at)((at) + 8)), chain = FN(v_dot)(chain, x3, FN(v_at)((at) + 12))
-
-/* Part i of `parts` of LANES blocks. All fetches at once would hold up the loads, and so the compiler (gcc
- * moves them to the head of a loop) is told that each has to do with the sum that is passed through. */
-LORCH_INLINE V FN(mat_fetch_part)(V sum, const char *p, int block, int i, int parts) {
-    int lines = (LANES * block + 63) / 64, from = lines * i / parts, to = lines * (i + 1) / parts;
-    LORCH_UNROLL for (int n = from; n < to; n++) __asm__("prefetcht0 %1" : "+v"(sum) : "m"(p[64 * n]));
-    return sum;
+    FN(mat_shape) s = FN(mat_shape_of)(type);
+    size_t stride = quant_row_bytes(p->format, p->act->n);
+    const char *w = p->weights + (size_t)row * stride + quant_row_bytes(p->format, slice * 256);
+    for (int i = 0; i < o->tiles; i++, w += LANES * stride)
+        if (row + (i + 1) * LANES <= p->n_rows) FN(mat_routines_of)[type].fill(o->tile + i, w, stride, o->blocks);
+        else FN(mat_fill_any)(o->tile + i, p, row + i * LANES, slice, s, o->blocks);
+    o->shift = s.shift;
+    FN(mat_routines_of)[type].sweep(o);
 }
 
-static __attribute__((noinline)) F FN(mat_one_q4_k)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t superblocks) {
-    F acc = {0};
-    FN(mat_tile) head;
-    for (int64_t b = 0; b < superblocks; b++, x++, w += sizeof(quant_q4_k), next += LANES * sizeof(quant_q4_k)) {
-        FN(mat_head_k4)(&head, w, stride);
-        V sum = {0};
-        LORCH_UNROLL for (int c = 0; c < 4; c++) {
-            FN(mat_four) t = FN(v_turn)(w + 16 + 32 * c, stride), u = FN(v_turn)(w + 32 + 32 * c, stride);
-            V low = {0}, high = {0};
-            const int8_t *q = x->q + 64 * c;
-            low = FN(mat_fetch_part)(low, next, sizeof(quant_q4_k), 4 * c, 16);
-            DOTS(low, q, FN(v_low)(t.a), FN(v_low)(t.b), FN(v_low)(t.c), FN(v_low)(t.d));
-            high = FN(mat_fetch_part)(high, next, sizeof(quant_q4_k), 4 * c + 1, 16);
-            DOTS(high, q + 32, FN(v_high)(t.a), FN(v_high)(t.b), FN(v_high)(t.c), FN(v_high)(t.d));
-            low = FN(mat_fetch_part)(low, next, sizeof(quant_q4_k), 4 * c + 2, 16);
-            DOTS(low, q + 16, FN(v_low)(u.a), FN(v_low)(u.b), FN(v_low)(u.c), FN(v_low)(u.d));
-            high = FN(mat_fetch_part)(high, next, sizeof(quant_q4_k), 4 * c + 3, 16);
-            DOTS(high, q + 48, FN(v_high)(u.a), FN(v_high)(u.b), FN(v_high)(u.c), FN(v_high)(u.d));
-            sum = FN(v_scaled)(FN(v_scaled)(sum, low, TILE(head.scale[2 * c])), high, TILE(head.scale[2 * c + 1]));
-        }
-        acc = FN(f_fma)(FN(f_all)(x->u.super.d), FN(mat_super_value)(&head, sum, x, 4), acc);
-    }
-    return acc;
-}
-
-static __attribute__((noinline)) F FN(mat_one_q6_k)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t superblocks) {
-    F acc = {0};
-    FN(mat_tile) head;
-    for (int64_t b = 0; b < superblocks; b++, x++, w += sizeof(quant_q6_k), next += LANES * sizeof(quant_q6_k)) {
-        FN(mat_head_q6_k)(&head, w, stride);
-        V sum = {0};
-        LORCH_UNROLL for (int i = 0; i < 4; i++) {
-            const char *low = w + i / 2 * 64 + i % 2 * 16;
-            FN(mat_four) l = FN(v_turn)(low, stride), m = FN(v_turn)(low + 32, stride), h = FN(v_turn)(w + 128 + i * 16, stride);
-            int j = i / 2 * 8 + i % 2;
-            const int8_t *q = x->q + 16 * j;
-            V s0 = FN(v_start)(x->start[j], 5), s1 = FN(v_start)(x->start[j + 2], 5);
-            V s2 = FN(v_start)(x->start[j + 4], 5), s3 = FN(v_start)(x->start[j + 6], 5);
-#define COLUMN(n, f) { \
-    Q6_CODES(x0, x1, x2, x3, l.f, m.f, h.f) \
-    s0 = FN(mat_fetch_part)(s0, next, sizeof(quant_q6_k), 4 * i + n, 16); \
-    s0 = FN(v_dot)(s0, x0, FN(v_at)(q + 4 * n)), s1 = FN(v_dot)(s1, x1, FN(v_at)(q + 32 + 4 * n)); \
-    s2 = FN(v_dot)(s2, x2, FN(v_at)(q + 64 + 4 * n)), s3 = FN(v_dot)(s3, x3, FN(v_at)(q + 96 + 4 * n)); }
-            COLUMN(0, a) COLUMN(1, b) COLUMN(2, c) COLUMN(3, d)
-#undef COLUMN
-            sum = FN(v_scaled)(FN(v_scaled)(sum, s0, TILE(head.scale[j])), s1, TILE(head.scale[j + 2]));
-            sum = FN(v_scaled)(FN(v_scaled)(sum, s2, TILE(head.scale[j + 4])), s3, TILE(head.scale[j + 6]));
-        }
-        acc = FN(f_fma)(FN(f_all)(x->u.super.d), FN(mat_super_value)(&head, sum, x, 0), acc);
-    }
-    return acc;
-}
-
-static __attribute__((noinline)) F FN(mat_one_q8_0)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t superblocks) {
-    F acc = {0};
-    for (int64_t b = 0; b < superblocks * 8; b++, w += sizeof(quant_q8_0), next += LANES * sizeof(quant_q8_0)) {
-        const mat_x *y = x + b / 8;
-        const int8_t *q = y->q + b % 8 * 32;
-        FN(mat_four) t = FN(v_turn)(w + 2, stride), u = FN(v_turn)(w + 18, stride);
-        F d = FN(f_halves)(w, stride) * FN(f_all)(y->u.block.d[b % 8]);
-#if MAT_PAIRED
-        V sum = {0};
-#define DOT(v, at) sum = FN(v_dot_wide)(FN(mat_fetch_part)(sum, next, sizeof(quant_q8_0), at / 4, 8), v, FN(v_at)(q + at))
-        DOT(t.a, 0), DOT(t.b, 4), DOT(t.c, 8), DOT(t.d, 12), DOT(u.a, 16), DOT(u.b, 20), DOT(u.c, 24), DOT(u.d, 28);
-#undef DOT
-#else
-        V sum = FN(v_start)(y->start[b % 8], 7), more = {0};
-#define DOT(s, v, at) s = FN(v_dot)(FN(mat_fetch_part)(s, next, sizeof(quant_q8_0), at / 4, 8), FN(v_wide_codes)(v), FN(v_at)(q + at))
-        DOT(sum, t.a, 0), DOT(more, t.b, 4), DOT(sum, t.c, 8), DOT(more, t.d, 12);
-        DOT(sum, u.a, 16), DOT(more, u.b, 20), DOT(sum, u.c, 24), DOT(more, u.d, 28);
-#undef DOT
-        sum += more;
-#endif
-        acc = FN(f_fma)(FN(f_int)(sum), d, acc);
-    }
-    return acc;
-}
-
-static __attribute__((noinline)) F FN(mat_one_q4_0)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t superblocks) {
-    F acc = {0};
-    for (int64_t b = 0; b < superblocks * 8; b++, w += sizeof(quant_q4_0), next += LANES * sizeof(quant_q4_0)) {
-        const mat_x *y = x + b / 8;
-        const int8_t *q = y->q + b % 8 * 32;
-        FN(mat_four) t = FN(v_turn)(w + 2, stride);
-        F d = FN(f_halves)(w, stride) * FN(f_all)(y->u.block.d[b % 8]);
-        V sum = FN(mat_fetch_part)(FN(v_start)(y->start[b % 8], 3), next, sizeof(quant_q4_0), 0, 2);
-        DOTS(sum, q, FN(v_low)(t.a), FN(v_low)(t.b), FN(v_low)(t.c), FN(v_low)(t.d));
-        sum = FN(mat_fetch_part)(sum, next, sizeof(quant_q4_0), 1, 2);
-        DOTS(sum, q + 16, FN(v_high)(t.a), FN(v_high)(t.b), FN(v_high)(t.c), FN(v_high)(t.d));
-        acc = FN(f_fma)(FN(f_int)(FN(v_summed)((V){0}, sum)), d, acc);
-    }
-    return acc;
-}
-#undef DOTS
-#endif
-
-/* Runs one token over as many slices as the fused kernels take; returns their number. */
-static int64_t FN(mat_one)(const mat_product *p, int64_t row, int tiles, const char *ahead, float *c) {
-#if LANES >= 8
+/* One token. Rows that fill no vector go over the tile. Returns 0 if it does not take them. */
+static int FN(mat_single)(const mat_product *p, int64_t row, int tiles, const char *ahead, float *c) {
     int type = (int)(p->format - quant_formats);
-    int64_t superblocks = p->act->n / 256;
     size_t stride = quant_row_bytes(p->format, p->act->n);
     const char *w = p->weights + (size_t)row * stride;
     if (p->act->n_tok != 1 || row + tiles * LANES > p->n_rows) return 0;
-    for (int i = 0; i < tiles; i++, w += LANES * stride, c += LANES) {
+    for (int i = 0; i < tiles; i++, w += LANES * stride) {
         const char *next = i + 1 < tiles || !ahead ? w + LANES * stride : ahead;
-        switch (type) {
-        case QUANT_Q4_0: FN(f_store)(c, FN(mat_one_q4_0)(w, next, stride, p->act->blocks, superblocks)); break;
-        case QUANT_Q8_0: FN(f_store)(c, FN(mat_one_q8_0)(w, next, stride, p->act->blocks, superblocks)); break;
-        case QUANT_Q4_K: FN(f_store)(c, FN(mat_one_q4_k)(w, next, stride, p->act->super, superblocks)); break;
-        case QUANT_Q6_K: FN(f_store)(c, FN(mat_one_q6_k)(w, next, stride, p->act->super, superblocks)); break;
-        default: return 0;
-        }
+        FN(f_store)(c + i * LANES, FN(mat_routines_of)[type].one(w, next, stride, p->format->kind == QUANT_BLOCKS ? p->act->blocks : p->act->super, p->act->n));
     }
-    return superblocks;
-#else
-    (void)p, (void)row, (void)tiles, (void)ahead, (void)c;
-    return 0;
-#endif
+    return 1;
 }
 
 /* ---- products of floats, for weights and in attention ---- */
@@ -3052,6 +3132,54 @@ static void FN(mat_multiply_floats)(const mat_product *p, int64_t row, int tiles
         }
 }
 
+/* Some columns of one token against two tiles: two sums, which hide each other's latency. */
+LORCH_INLINE void FN(mat_one_columns)(F *a, F *b, FN(mat_four) t, FN(mat_four) u, const float *x, const quant_format *f) {
+#define ONE(i, y, z) *a = FN(f_fma)(y, FN(f_all)(x[i]), *a), *b = FN(f_fma)(z, FN(f_all)(x[i]), *b)
+#define TWO(i, g) \
+    if (f == &quant_formats[QUANT_F32]) ONE(i / 2, (F)t.g, (F)u.g); \
+    else if (f == &quant_formats[QUANT_F16]) ONE(i, FN(f_half_low)(t.g), FN(f_half_low)(u.g)), ONE(i + 1, FN(f_half_low)(t.g >> 16), FN(f_half_low)(u.g >> 16)); \
+    else ONE(i, (F)(t.g << 16), (F)(u.g << 16)), ONE(i + 1, (F)(t.g & (int32_t)0xffff0000), (F)(u.g & (int32_t)0xffff0000));
+    TWO(0, a) TWO(2, b) TWO(4, c) TWO(6, d)
+#undef ONE
+#undef TWO
+}
+
+/* One token against two tiles. Rows often lie a power of two apart, so that their lines push each other out of the
+ * level-1 cache: each line is read once, into a copy, and turned from there. */
+LORCH_INLINE void FN(mat_one_floats)(const mat_product *p, int64_t row, const char *next, float *c, const quant_format *f) {
+    char line[2 * LANES][64] __attribute__((aligned(64)));
+    size_t stride = (size_t)p->act->n * f->bytes;
+    const char *w = p->weights + (size_t)row * stride;
+    int step = 64 / f->bytes;
+    F a = {0}, b = {0};
+    int64_t k = 0;
+    for (; k + step <= p->act->n; k += step, w += 64, next += sizeof line) {
+        for (int r = 0; r < 2 * LANES; r++) memcpy(line[r], w + (size_t)r * stride, 64);
+        LORCH_UNROLL for (int i = 0; i < 4; i++) {
+            a = (F)FN(mat_fetch_part)((V)a, next, 2 * 64, i, 4);
+            FN(mat_one_columns)(&a, &b, FN(v_turn)(line[0] + 16 * i, 64), FN(v_turn)(line[LANES] + 16 * i, 64), p->act->x + k + step / 4 * i, f);
+        }
+    }
+    FN(f_store)(c, a), FN(f_store)(c + LANES, b);
+    for (; k < p->act->n; k++)
+        for (int r = 0; r < 2 * LANES; r++)
+            c[r] = FN(f_fma)(FN(f_all)(quant_load_float(f, p->weights + (size_t)(row + r) * stride, k)), FN(f_all)(p->act->x[k]), FN(f_all)(c[r]))[0];
+}
+
+static int FN(mat_single_floats)(const mat_product *p, int64_t row, int tiles, const char *ahead, float *c) { /* 0: not taken */
+    size_t stride = quant_row_bytes(p->format, p->act->n);
+    if (p->act->n_tok != 1 || row + tiles * LANES > p->n_rows) return 0;
+    for (int i = 0; i < tiles; i += 2, c += 2 * LANES) {
+        const char *next = i + 2 < tiles || !ahead ? p->weights + (size_t)(row + (i + 2) * LANES) * stride : ahead;
+        switch ((int)(p->format - quant_formats)) {
+        case QUANT_F32: FN(mat_one_floats)(p, row + i * LANES, next, c, &quant_formats[QUANT_F32]); break;
+        case QUANT_F16: FN(mat_one_floats)(p, row + i * LANES, next, c, &quant_formats[QUANT_F16]); break;
+        default: FN(mat_one_floats)(p, row + i * LANES, next, c, &quant_formats[QUANT_BF16]); break;
+        }
+    }
+    return 1;
+}
+
 /* Scratch: the sums, [n_tok][MAT_ROWS], then the tiles. Tiles go by pairs, so a last one may be idle. */
 static void FN(mat_multiply)(const mat_product *p, int64_t row, int rows, const char *ahead, void *scratch) {
     const mat_act *a = p->act;
@@ -3059,10 +3187,11 @@ static void FN(mat_multiply)(const mat_product *p, int64_t row, int rows, const 
     FN(mat_tile) *tile = (FN(mat_tile) *)(void *)(c + (size_t)a->n_tok * MAT_ROWS);
     int tiles = (rows + 2 * LANES - 1) / (2 * LANES) * 2;
     memset(c, 0, (size_t)a->n_tok * MAT_ROWS * sizeof(float));
-    if (p->format->kind == QUANT_FLOATS) FN(mat_multiply_floats)(p, row, tiles, (float *)(void *)tile, c);
-    else {
+    if (p->format->kind == QUANT_FLOATS) {
+        if (!FN(mat_single_floats)(p, row, tiles, ahead, c)) FN(mat_multiply_floats)(p, row, tiles, (float *)(void *)tile, c);
+    } else {
         const mat_x *x = p->format->kind == QUANT_BLOCKS ? a->blocks : a->super;
-        for (int64_t slice = FN(mat_one)(p, row, tiles, ahead, c); slice * 256 < a->n; slice++) {
+        for (int64_t slice = FN(mat_single)(p, row, tiles, ahead, c) ? a->n : 0; slice * 256 < a->n; slice++) {
             int64_t left = (a->n - slice * 256) / 32;
             int bytes = 256 / p->format->block * p->format->bytes;
             size_t stride = quant_row_bytes(p->format, a->n);
@@ -3457,9 +3586,6 @@ static const mat_kernels FN(mat_table) = {
 #undef STORE
 #undef TILE
 #undef TILE_F
-#undef LOW
-#undef HIGH
-#undef Q6_CODES
 #undef EVERY
 #undef EACH
 #undef LANES
@@ -9266,7 +9392,7 @@ typedef struct {
     const char *stop[MAX_STOPS];
     int n_stop;
     int64_t port, max_tokens_in, max_tokens_out, inference_timeout_s, kv_cache_mb, parallel, queue, context, threads, chunk, drain_timeout_s, sse_ping_ms,
-        header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, n, top, top_k, bench_prompt, bench_batch, bench_rounds;
+        header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, n, top, top_k, bench_prompt, bench_batch, bench_depth, bench_rounds;
     uint64_t seed;
     double temperature, top_p, min_p, repetition_penalty;
     int insecure, exit_with_parent, lazy, no_speculate, json, special, no_bos, ignore_eos, has_seed;
@@ -9346,6 +9472,7 @@ static const cli_option cli_options[] = {
     {"bench-prompt", "p", CLI_INT, CLI_BENCH, F(bench_prompt), 0, MAX_CONTEXT, "512", "N", "prompt tokens; default 512"},
     {"bench-tokens", "n", CLI_INT, CLI_BENCH, F(n), 0, MAX_CONTEXT, "64", "N", "tokens to decode; default 64"},
     {"batch", "b", CLI_INT, CLI_BENCH, F(bench_batch), 1, MAX_PARALLEL, "1", "N", "sequences that decode together; default 1"},
+    {"depth", "d", CLI_INT, CLI_BENCH, F(bench_depth), 0, MAX_CONTEXT / 2, "0", "N", "positions that each sequence has behind it as it begins to decode; default 0"},
     {"rounds", "r", CLI_INT, CLI_BENCH, F(bench_rounds), 1, 1000, "3", "N", "rounds, of which the median counts; default 3"},
     {"json", 0, CLI_SWITCH, CLI_JSON, F(json), 0, 0, 0, 0, "print JSON"},
 };
@@ -10192,12 +10319,12 @@ static int cli_run_open(cli_run *r, const cli_settings *c, int n_ctx, int longes
     return cli_fail("INSUFFICIENT_MEMORY: cannot allocate the KV cache and scratch"), 0;
 }
 
-/* Computes n tokens of one sequence from position `from` on, in chunks; wants the logits of all or of none. */
-static void cli_forward(cli_run *r, const int32_t *id, int from, int n, const uint32_t *block, int want_logits) {
+/* Computes n tokens of one sequence from position `from` on, and the logits of the last n_logits of them. */
+static void cli_forward(cli_run *r, const int32_t *id, int from, int n, const uint32_t *block, int n_logits) {
     int32_t pos[1024];
     const uint32_t *blocks[1024];
     unsigned char want[1024];
-    for (int i = 0; i < n; i++) pos[i] = from + i, blocks[i] = block, want[i] = (unsigned char)want_logits;
+    for (int i = 0; i < n; i++) pos[i] = from + i, blocks[i] = block, want[i] = i >= n - n_logits;
     model_batch b = {n, id, pos, blocks, want, NULL, NULL};
     model_forward(&r->run, &b);
 }
@@ -10246,7 +10373,7 @@ static int cli_score_ids(cli_settings *c, cli_run *r, const tok_ids *ids) {
     if (!block || !used || !kv_reserve(&r->kv, &seq, ids->n)) ok = 0;
     for (int from = 0; ok && from < ids->n; from += r->chunk) {
         int n = ids->n - from < r->chunk ? ids->n - from : r->chunk;
-        cli_forward(r, ids->id + from, from, n, block, 1);
+        cli_forward(r, ids->id + from, from, n, block, n);
         for (int i = from; i < from + n; i++) {
             const float *logits = r->run.logits + (size_t)(i - from) * (size_t)n_vocab;
             cli_hash(&hash, logits, n_vocab);
@@ -10335,7 +10462,7 @@ static double cli_bench_peak(cli_run *r) { /* T op/s of the level's int8 product
 }
 
 typedef struct {
-    double prefill[1000], decode[1000], read[1000], peak[1000]; /* by round */
+    double prefill[1000], decode[1000], read[1000], peak[1000], dispatch[1000]; /* by round */
     int n;
 } cli_rounds;
 
@@ -10344,25 +10471,46 @@ static double cli_bench_prefill(cli_run *r, const int32_t *id, int n, const uint
     double begun = sys_now();
     for (int from = 0; from < n; from += r->chunk) {
         int part = n - from < r->chunk ? n - from : r->chunk;
-        int last = from + part == n;
-        cli_forward(r, id + from, from, part - last, block, 0);
-        if (last) cli_forward(r, id + n - 1, n - 1, 1, block, 1);
+        cli_forward(r, id + from, from, part, block, from + part == n);
     }
     return sys_now() - begun;
 }
 
-/* Seconds for n steps of a batch of sequences, from an empty context on: so that weights dominate. */
-static double cli_bench_decode(cli_run *r, int batch, int n, uint32_t *const *blocks) {
+/* Seconds for n steps of a batch of sequences at a depth: from an empty context on, the weights dominate. */
+static double cli_bench_decode(cli_run *r, int batch, int depth, int n, uint32_t *const *blocks) {
     int32_t id[MAX_PARALLEL], pos[MAX_PARALLEL];
     const uint32_t *table[MAX_PARALLEL];
     unsigned char want[MAX_PARALLEL];
     double begun = sys_now();
     for (int step = 0; step < n; step++) {
-        for (int i = 0; i < batch; i++) id[i] = (step * 31 + i * 7 + 5) % r->m->n_vocab, pos[i] = step, table[i] = blocks[i], want[i] = 1;
+        for (int i = 0; i < batch; i++) id[i] = (step * 31 + i * 7 + 5) % r->m->n_vocab, pos[i] = depth + step, table[i] = blocks[i], want[i] = 1;
         model_batch b = {batch, id, pos, table, want, NULL, NULL};
         model_forward(&r->run, &b);
     }
     return sys_now() - begun;
+}
+
+typedef struct {
+    int met, threads; /* met: atomic */
+} cli_meeting;
+
+static void cli_bench_meet(void *ctx, int64_t item, int thread) { /* holds its thread until each has an item */
+    cli_meeting *m = ctx;
+    (void)item, (void)thread;
+    __atomic_fetch_add(&m->met, 1, __ATOMIC_RELAXED);
+    for (int spin = 0; __atomic_load_n(&m->met, __ATOMIC_RELAXED) < m->threads; spin++)
+        if (spin < 1000) pool_pause();
+        else sched_yield();
+}
+
+static double cli_bench_dispatch(cli_run *r) { /* microseconds in which all threads come to a piece of work, and are done */
+    enum { TIMES = 5000 };
+    double from = sys_now();
+    for (int i = 0; i < TIMES; i++) {
+        cli_meeting m = {0, r->threads.n_threads};
+        pool_run(&r->threads, cli_bench_meet, &m, m.threads);
+    }
+    return (sys_now() - from) / TIMES * 1e6;
 }
 
 static double cli_weights_per_token(const model *m) { /* multiplied in the layers, the output head aside */
@@ -10380,6 +10528,8 @@ static void cli_bench_report(const cli_settings *c, const cli_run *r, cli_rounds
     const model *m = r->m;
     double p = (double)c->bench_prompt, prefill = cli_median(t->prefill, t->n), decode = cli_median(t->decode, t->n);
     double read = cli_median(t->read, t->n), peak = cli_median(t->peak, t->n), steps = decode / (double)c->bench_batch;
+    double kv = ((double)c->bench_depth + (double)(c->n + 1) / 2) * (double)r->kv.layout.block_bytes / KV_BLOCK; /* of one sequence, on average */
+    double bytes = (double)m->token_bytes + kv * (double)c->bench_batch;
     double ops = 2 * (cli_weights_per_token(m) + (p > 0 ? (double)m->output.n * (double)m->output.rows / p : 0));
     buf b = {0};
     buf_putc(&b, '{');
@@ -10388,10 +10538,12 @@ static void cli_bench_report(const cli_settings *c, const cli_run *r, cli_rounds
     json_kv_int(&b, "prompt_tokens", c->bench_prompt), json_kv_int(&b, "decode_tokens", c->n);
     json_kv_int(&b, "batch", c->bench_batch), json_kv_int(&b, "chunk", r->chunk);
     json_kv_num(&b, "prefill_tok_s", prefill, 2), json_kv_num(&b, "decode_tok_s", decode, 2);
-    json_kv_u64(&b, "weight_bytes_per_token", m->token_bytes);
+    json_kv_int(&b, "depth", c->bench_depth);
+    json_kv_u64(&b, "weight_bytes_per_token", m->token_bytes), json_kv_u64(&b, "kv_bytes_per_token", (uint64_t)kv);
     json_kv_num(&b, "read_gb_s", read, 2), json_kv_num(&b, "int8_tops", peak, 3);
-    json_kv_num(&b, "decode_bandwidth_share", read > 0 ? steps * (double)m->token_bytes / (read * 1e9) : (double)NAN, 3);
+    json_kv_num(&b, "decode_bandwidth_share", read > 0 ? steps * bytes / (read * 1e9) : (double)NAN, 3);
     json_kv_num(&b, "prefill_peak_share", peak > 0 ? prefill * ops / (peak * 1e12) : (double)NAN, 3);
+    json_kv_num(&b, "dispatch_us", cli_median(t->dispatch, t->n), 2);
     json_kv_u64(&b, "scratch_bytes", r->run.bytes);
     buf_putc(&b, '}');
     if (c->json) cli_print(&b), putchar('\n');
@@ -10403,22 +10555,24 @@ static int cli_bench(cli_settings *c) {
     static cli_rounds t;
     cli_run r;
     uint32_t *block[MAX_PARALLEL] = {0}, *prompt_block;
-    int batch = (int)c->bench_batch, n = (int)c->n, p = (int)c->bench_prompt, ok = 1;
-    int need = kv_blocks_for(p) + batch * kv_blocks_for(n);
-    if (!cli_run_open(&r, c, (need ? need : 1) * KV_BLOCK, p > n ? p : n, batch, batch)) return 1;
+    int batch = (int)c->bench_batch, n = (int)c->n, p = (int)c->bench_prompt, depth = (int)c->bench_depth, ok = 1;
+    int each = n ? kv_blocks_for(depth + n) : 0, need = kv_blocks_for(p) + batch * each;
+    if (!cli_run_open(&r, c, (need ? need : 1) * KV_BLOCK, p > depth + n ? p : depth + n, batch, batch)) return 1;
     uint32_t *table = sys_zalloc((size_t)need, sizeof *table);
     int32_t *id = sys_zalloc((size_t)p, sizeof *id);
     kv_seq all = {table, 0, 0};
     ok = table && id && kv_reserve(&r.kv, &all, (int64_t)need * KV_BLOCK);
     prompt_block = table;
-    for (int i = 0; ok && i < batch; i++) block[i] = table + kv_blocks_for(p) + i * kv_blocks_for(n);
+    for (int i = 0; ok && i < batch; i++) block[i] = table + kv_blocks_for(p) + i * each;
+    memset(r.kv.base, 0x2c, (size_t)(depth && need ? need : 0) * r.kv.layout.block_bytes); /* small numbers: pages never written are no memory to read */
     for (int i = 0; ok && i < p; i++) id[i] = (i * 37 + 11) % r.m->n_vocab;
-    if (ok) cli_bench_read(&r), cli_bench_decode(&r, batch, n < 2 ? n : 2, block); /* page tables and caches */
+    if (ok) cli_bench_read(&r), cli_bench_decode(&r, batch, depth, n < 2 ? n : 2, block); /* page tables and caches */
     for (t.n = 0; ok && t.n < (int)c->bench_rounds; t.n++) {
         t.peak[t.n] = cli_bench_peak(&r);
         t.prefill[t.n] = p ? p / cli_bench_prefill(&r, id, p, prompt_block) : 0;
         t.read[t.n] = cli_bench_read(&r);
-        t.decode[t.n] = n ? (double)n * batch / cli_bench_decode(&r, batch, n, block) : 0;
+        t.decode[t.n] = n ? (double)n * batch / cli_bench_decode(&r, batch, depth, n, block) : 0;
+        t.dispatch[t.n] = cli_bench_dispatch(&r);
     }
     if (ok) cli_bench_report(c, &r, &t);
     free(table), free(id);
