@@ -711,7 +711,7 @@ static const char *cut(const char *pre, const char *text) {
     at[w.n] = (uint32_t)len;
     int n = w.n > 0, side = 0;
     spans[0][0].from = 0, spans[0][0].to = w.n;
-    for (int s = 0; s < t.n_stages; s++, side = !side) n = tok_cut(&t.stage[s], &w, spans[side], n, spans[!side]);
+    for (int s = 0; s < t.rules.n_stages; s++, side = !side) n = tok_cut(&t.rules, s, &w, spans[side], n, spans[!side]);
     for (int i = 0; i < n; i++) {
         if (i) out[n_out++] = '|';
         for (uint32_t k = at[spans[side][i].from]; k < at[spans[side][i].to]; k++) out[n_out++] = text[k];
