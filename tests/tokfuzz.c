@@ -9,8 +9,8 @@
  * is, and those of byte-level BPE also under the name of every other pre-tokenizer, in copies with another tokenizer.ggml.pre; then
  * vocabularies made at random, for the rules about special tokens. The seed is printed.
  *
- * Environment: LORCH_FUZZ_SEED (1), LORCH_FUZZ_TEXTS (10000 for each vocabulary as it is), LORCH_FUZZ_TEXTS_PRE (200 for each
- * vocabulary and pre-tokenizer), LORCH_FUZZ_MADE (60 made vocabularies). */
+ * Environment: LORCH_FUZZ_SEED (1), LORCH_FUZZ_TEXTS (10000 for each vocabulary as it is), LORCH_FUZZ_TEXTS_PRE (300 for each
+ * vocabulary and pre-tokenizer), LORCH_FUZZ_MADE (300 made vocabularies). */
 #define LORCH_NO_MAIN
 #include "../lorch.c"
 
@@ -93,17 +93,27 @@ static const struct { uint32_t first, last; } scripts[] = {
     {0x20000, 0x2ffff}, {0x30000, 0x3ffff}, {0xe0000, 0xe01ef}, {0xf0000, 0x10ffff}, {0, 0x10ffff},
 };
 static const char *const phrases[] = {
-    "'s", "'S", "'t", "'re", "'RE", "'Re", "'ve", "'m", "'ll", "'LL", "'lL", "'d", "'D", "'x", "'", "\xe2\x80\x99s", " 's", "can't", "I'm", "WE'LL", "it's ", "'sd",
-    "Hello", " world", "The", " iPhone", "HTTPServer", " McDonald's", " caf\xc3\xa9", "\xc3\x89" "COLE", "na\xc3\xafve", "e\xcc\x81", "\xe0\xa4\xa8\xe0\xa4\xae\xe0\xa4\xb8\xe0\xa5\x8d\xe0\xa4\xa4\xe0\xa5\x87",
-    "\n", "\n\n", "\n\n\n", "\r\n", "\r", " \n", "\n ", "\t", "\t\t", " ", "  ", "   ", "    ", "     ", "        ", "\xc2\xa0", "\xe3\x80\x80", "\xe2\x80\x83", "\xc2\x85",
+    "'s", "'S", "'t", "'re", "'RE", "'Re", "'ve", "'m", "'ll", "'LL", "'lL", "'d", "'D", "'x", "'", "\xe2\x80\x99s", " 's", "can't", "I'm",
+    "WE'LL", "it's ", "'sd",
+    "Hello", " world", "The", " iPhone", "HTTPServer", " McDonald's", " caf\xc3\xa9", "\xc3\x89" "COLE", "na\xc3\xafve", "e\xcc\x81",
+    "\xe0\xa4\xa8\xe0\xa4\xae\xe0\xa4\xb8\xe0\xa5\x8d\xe0\xa4\xa4\xe0\xa5\x87",
+    "\n", "\n\n", "\n\n\n", "\r\n", "\r", " \n", "\n ", "\t", "\t\t", " ", "  ", "   ", "    ", "     ", "        ", "\xc2\xa0", "\xe3\x80\x80",
+    "\xe2\x80\x83", "\xc2\x85",
     "\xe2\x80\xa8", "\xe2\x80\x8b", "\xef\xbb\xbf", "\xe2\x96\x81", "\xe2\x96\x81\xe2\x96\x81", "\v", "\f",
-    "1", "12", "123", "1234", "12345", "123456", "1234567890", "3.14", "1,000,000", "0x1F", "\xc2\xbd", "\xe2\x85\xa7", "\xe3\x80\x87", "\xd9\xa1\xd9\xa2\xd9\xa3\xd9\xa4",
-    "\xef\xbc\x91\xef\xbc\x92\xef\xbc\x93\xef\xbc\x94", ".", ",", "!", "?", "...", " ...", "!!!", "/", "//", "/*", "(", ")", "()", "{}", "[]", "->", "==", "+=", "<", ">", "$", "$5", "%", "^", "~", "`", "|",
-    "#", "@", "&", "*", "_", "-", "--", "\\", "\"", ";", ":", "\n/", "!\n/\n", "?\r\n/x", "=\n", "\xef\xbc\x8c", "\xe3\x80\x82", "\xe3\x80\x81", "\xef\xbc\x81", "\xe2\x80\xa6", "\xe2\x80\x94", "\xe2\x80\x9c",
-    "\xf0\x9f\x98\x80", "\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x92\xbb", "\xf0\x9f\x91\x8d\xf0\x9f\x8f\xbd", "\xe2\x9d\xa4\xef\xb8\x8f", "\xf0\x9f\x87\xa9\xf0\x9f\x87\xaa", "1\xef\xb8\x8f\xe2\x83\xa3",
-    "<s>", "</s>", "<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|end|>", "<0x0A>", "<0x41>", "<sentinel:12>", "IMGIMGABCZ", "IMGIMGAZ", "IMGIMGZ", "<|", "|>", "<h1>", "[INST]",
-    "def f(x):\n    return x\n", "int main(void) {\n\treturn 0;\n}\n", "SELECT * FROM t;", "{\"a\": [1, 2]}", "https://a.b/c?d=e", "\xe4\xbd\xa0\xe5\xa5\xbd", "\xe6\xbc\xa2\xe5\xad\x97\xe3\x81\x8b\xe3\x81\xaa",
-    "\xed\x95\x9c\xea\xb5\xad\xec\x96\xb4", "\xd0\x9f\xd1\x80\xd0\xb8\xd0\xb2\xd0\xb5\xd1\x82", "\xce\xb1\xce\x92\xce\xb3", "\xe1\x83\x90\xe1\x83\x91", "\xe0\xb9\x84\xe0\xb8\x97\xe0\xb8\xa2",
+    "1", "12", "123", "1234", "12345", "123456", "1234567890", "3.14", "1,000,000", "0x1F", "\xc2\xbd", "\xe2\x85\xa7", "\xe3\x80\x87",
+    "\xd9\xa1\xd9\xa2\xd9\xa3\xd9\xa4",
+    "\xef\xbc\x91\xef\xbc\x92\xef\xbc\x93\xef\xbc\x94", ".", ",", "!", "?", "...", " ...", "!!!", "/", "//", "/*", "(", ")", "()", "{}", "[]",
+    "->", "==", "+=", "<", ">", "$", "$5", "%", "^", "~", "`", "|",
+    "#", "@", "&", "*", "_", "-", "--", "\\", "\"", ";", ":", "\n/", "!\n/\n", "?\r\n/x", "=\n", "\xef\xbc\x8c", "\xe3\x80\x82", "\xe3\x80\x81",
+    "\xef\xbc\x81", "\xe2\x80\xa6", "\xe2\x80\x94", "\xe2\x80\x9c",
+    "\xf0\x9f\x98\x80", "\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x92\xbb", "\xf0\x9f\x91\x8d\xf0\x9f\x8f\xbd", "\xe2\x9d\xa4\xef\xb8\x8f",
+    "\xf0\x9f\x87\xa9\xf0\x9f\x87\xaa", "1\xef\xb8\x8f\xe2\x83\xa3",
+    "<s>", "</s>", "<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|end|>", "<0x0A>", "<0x41>", "<sentinel:12>", "IMGIMGABCZ",
+    "IMGIMGAZ", "IMGIMGZ", "<|", "|>", "<h1>", "[INST]",
+    "def f(x):\n    return x\n", "int main(void) {\n\treturn 0;\n}\n", "SELECT * FROM t;", "{\"a\": [1, 2]}", "https://a.b/c?d=e",
+    "\xe4\xbd\xa0\xe5\xa5\xbd", "\xe6\xbc\xa2\xe5\xad\x97\xe3\x81\x8b\xe3\x81\xaa",
+    "\xed\x95\x9c\xea\xb5\xad\xec\x96\xb4", "\xd0\x9f\xd1\x80\xd0\xb8\xd0\xb2\xd0\xb5\xd1\x82", "\xce\xb1\xce\x92\xce\xb3",
+    "\xe1\x83\x90\xe1\x83\x91", "\xe0\xb9\x84\xe0\xb8\x97\xe0\xb8\xa2",
 };
 
 static size_t put_script(char *out) { /* one to eight characters of one script; rarely many of one character */
@@ -196,7 +206,9 @@ static int same_tokens(const tok *t, const void *vocab) { /* end-of-generation a
             /* What no byte stands for, llama.cpp spells out; an empty text it names. */
             int ok = (n == (int)ours.len && memcmp(theirs, ours.ptr ? ours.ptr : "", ours.len) == 0) || text.len == 0 ||
                      (n > 14 && memmem(theirs, (size_t)n, "[UNK_BYTE_0x", 12));
-            if (!ok) snprintf(why, sizeof why, "token %d, type %d: piece '%.*s', lorch '%.*s'", id, t->entry[id].type, n, theirs, (int)ours.len, ours.ptr ? ours.ptr : "");
+            if (!ok)
+                snprintf(why, sizeof why, "token %d, type %d: piece '%.*s', lorch '%.*s'", id, t->entry[id].type, n, theirs, (int)ours.len,
+                         ours.ptr ? ours.ptr : "");
             buf_free(&ours);
             if (!ok) return 0;
         }
@@ -222,7 +234,8 @@ static int compare(const char *path, const char *name, int texts, int plain, int
     if (ok && tokens) ok = same_tokens(t, vocab);
     for (int i = 0; i < texts && ok; i++, n_texts++) {
         str s = str_make(text, i ? random_text(t, text) : 0);
-        ok = (!plain || same_ids(t, vocab, s, i % 5 ? 0 : TOK_BOS)) && ((plain && i % 3) || same_ids(t, vocab, s, TOK_SPECIAL | (i % 5 ? 0 : TOK_BOS)));
+        int bos = i % 5 ? 0 : TOK_BOS;
+        ok = (!plain || same_ids(t, vocab, s, bos)) && ((plain && i % 3) || same_ids(t, vocab, s, TOK_SPECIAL | bos));
         if (i % 50 == 0) ok = ok && refused(t, s);
     }
     if (!ok) n_failed++, printf("not ok - %s\n# %s\n", name, why);
@@ -268,38 +281,50 @@ static int rename_pre(const char *path, const char *pre, const char *out) {
     return b.len ? write_file(out, &b) : (buf_free(&b), 0);
 }
 
+/* Names that share a row of the table differ in nothing: the first gets all texts, the others a few, and only with the first vocabulary. */
 static void compare_pres(const char *path, const char *scratch, int texts) {
+    static int only_first;
     const char *name = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
     char copy[1024], pre[64], label[1200];
+    char err[512];
     int n = 0, good = 0;
+    gguf_file *g = gguf_open(path, err, sizeof err);
+    int bpe = g && str_is(gguf_get_str(g, "tokenizer.ggml.model"), "gpt2");
+    gguf_close(g);
     snprintf(copy, sizeof copy, "%s/pre.gguf", scratch);
-    if (!rename_pre(path, "default", copy)) return;
+    if (!bpe || !rename_pre(path, "default", copy)) return;
     for (size_t i = 0; i < sizeof tok_pres / sizeof *tok_pres; i++)
         for (const char *p = tok_pres[i].names; *p; n++) {
             size_t len = strcspn(p, " ");
             snprintf(pre, sizeof pre, "%.*s", (int)len, p);
             snprintf(label, sizeof label, "tokens of %s under the name of %s", name, pre);
             rename_pre(path, pre, copy);
-            /* Names that share a row differ in nothing: the first gets all texts, the others a few. */
             good += compare(copy, label, p == tok_pres[i].names ? texts : texts / 20 + 1, 1, 0);
-            p += len + (p[len] == ' ');
+            p += only_first ? strlen(p) : len + (p[len] == ' ');
         }
+    only_first = 1;
     remove(copy);
-    if (good == n) printf("ok - tokens of %s under the names of all %d pre-tokenizers\n", name, n);
+    if (good == n) printf("ok - tokens of %s under the names of %d pre-tokenizers\n", name, n);
 }
 
 /* ==== Made vocabularies ====================================================================== */
 
 /* Texts that mean something. Of those of one length, llama.cpp looks for in no certain order, so white space has lengths of its own. */
 static const char *const odd_texts[] = {
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
-    "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\xef\xbd\x9c" "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>", "[e~[", "<|im_start|>", "<s>", "<unk>",
-    "<|channel|>", "<|message|>", "<|start|>", "<|constrain|>", "<|file_sep|>", "< EOT >", "[UNK]", "<|user|>", "<|assistant|>", "<bos>", "<pad>", "  ", "\n", "<h1>", "<table>", "<|a", "a|>",
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "</s>",
+    "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
+    "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<\xef\xbd\x9c" "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>", "[e~[", "<|im_start|>", "<s>", "<unk>",
+    "<|channel|>", "<|message|>", "<|start|>", "<|constrain|>", "<|file_sep|>", "< EOT >", "[UNK]", "<|user|>", "<|assistant|>", "<bos>", "<pad>",
+    "  ", "\n", "<h1>", "<table>", "<|a", "a|>",
 };
 static const char *const odd_groups[][8] = { /* of each group one: of several it takes any */
-    {"<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\xef\xbd\x9c" "fim\xe2\x96\x81" "begin\xef\xbd\x9c>", "<PRE>", "\xe2\x96\x81<PRE>", "<|code_prefix|>", "<|prefix|>"},
-    {"<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\xef\xbd\x9c" "fim\xe2\x96\x81hole\xef\xbd\x9c>", "<SUF>", "\xe2\x96\x81<SUF>", "<|code_suffix|>", "<|suffix|>"},
-    {"<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\xef\xbd\x9c" "fim\xe2\x96\x81" "end\xef\xbd\x9c>", "<MID>", "\xe2\x96\x81<MID>", "<|code_middle|>", "<|middle|>"},
+    {"<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\xef\xbd\x9c" "fim\xe2\x96\x81" "begin\xef\xbd\x9c>", "<PRE>", "\xe2\x96\x81<PRE>",
+    "<|code_prefix|>", "<|prefix|>"},
+    {"<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\xef\xbd\x9c" "fim\xe2\x96\x81hole\xef\xbd\x9c>", "<SUF>", "\xe2\x96\x81<SUF>",
+    "<|code_suffix|>", "<|suffix|>"},
+    {"<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\xef\xbd\x9c" "fim\xe2\x96\x81" "end\xef\xbd\x9c>", "<MID>", "\xe2\x96\x81<MID>",
+    "<|code_middle|>", "<|middle|>"},
     {"<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_pad|>", "<fim-pad>", "<PAD>"},
     {"<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|fim_repo|>", "<|repo_name|>", "<REPO>"},
 };
@@ -381,18 +406,20 @@ static void compare_made(int number, const char *scratch, int texts) {
     static const char *const keys[] = {"eot", "eom", "fim_pre", "prefix", "fim_suf", "suffix", "fim_mid", "middle", "fim_pad", "fim_rep", "fim_sep", "unknown"};
     static const char *const flags[] = {"add_bos_token", "add_eos_token", "add_space_prefix"};
     static const char *const pres[] = {"gpt-2", "llama-bpe", "qwen2", "gpt-4o", "deepseek-llm", "chatglm-bpe", "superbpe"};
+    static const char *const needed[] = {"</s>", "<unk>", "<|endoftext|>", "<s>"};
     static const char *const names[] = {"Model", "Microsoft Phi-3 mini", "phi3", "Phi-4"};
-    made m = {{0}};
+    made m;
     buf b = {0}, kv = {0};
     uint64_t n_kv = 4;
     int spm = dice(2) == 0;
     char path[1024], key[64], label[100];
+    memset(&m, 0, sizeof m);
     if (spm) make_spm(&m);
     else make_bpe(&m);
     uint32_t n_plain = spm ? 2 : m.n; /* the keys name any but these */
     add_odd(&m);
     int phi3 = dice(3) == 0; /* with such a name llama.cpp insists on these */
-    if (phi3) add_token(&m, "</s>", TOK_CONTROL, 0), add_token(&m, "<unk>", TOK_USER, 0), add_token(&m, "<s>", TOK_USER, 0), add_token(&m, "<|endoftext|>", TOK_CONTROL, 0);
+    for (int i = 0; i < 4 && phi3; i++) add_token(&m, needed[i], i % 2 ? TOK_USER : TOK_CONTROL, 0);
     put_str(&kv, "general.architecture"), put_u32(&kv, GGUF_STRING), put_str(&kv, "llama");
     put_str(&kv, "general.name"), put_u32(&kv, GGUF_STRING), put_str(&kv, names[phi3 * dice(4)]);
     put_str(&kv, "tokenizer.ggml.model"), put_u32(&kv, GGUF_STRING), put_str(&kv, spm ? "llama" : "gpt2");
@@ -427,8 +454,8 @@ static int setting(const char *name, int value) { return getenv(name) && *getenv
 
 int main(int argc, char **argv) {
     if (argc < 4) return fprintf(stderr, "usage: tokfuzz LIBRARY_DIRECTORY SCRATCH_DIRECTORY VOCABULARY.gguf ...\n"), 2;
-    int seed = setting("LORCH_FUZZ_SEED", 1), texts = setting("LORCH_FUZZ_TEXTS", 10000), texts_pre = setting("LORCH_FUZZ_TEXTS_PRE", 200);
-    int made_up = setting("LORCH_FUZZ_MADE", 60);
+    int seed = setting("LORCH_FUZZ_SEED", 1), texts = setting("LORCH_FUZZ_TEXTS", 10000), texts_pre = setting("LORCH_FUZZ_TEXTS_PRE", 300);
+    int made_up = setting("LORCH_FUZZ_MADE", 300);
     log_state.quiet = 1;
     setvbuf(stdout, NULL, _IOLBF, 0);
     open_llama(argv[1]);
