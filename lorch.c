@@ -4452,7 +4452,6 @@ static const struct {
     const char *keys, *texts; /* separated by spaces */
     int ends;
 } tok_roles[] = {
-    {"eos", "", 1},
     {"eot", "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|> <EOT> _<EOT> [EOT] <" TOK_FW "end" TOK_LOW "of" TOK_LOW "sentence" TOK_FW "> "
      "<end_of_utterance>", 1},
     {"eom", "<|eom_id|>", 1},
