@@ -561,8 +561,8 @@ enum unicode_category { /* in the order of the letters A-Z, a-d of unicode_runs 
 };
 
 /* The category of every code point from 0 on, as runs: a letter (the category) and the length of the run
- * if it is more than 1; z and a number stand for that many pairs of Lu, Ll. Made by
- * tests/mkunicode.py from Unicode 15.1's UnicodeData.txt. */
+ * if it is more than 1; z and a number stand for that many pairs of Lu, Ll. From Unicode 15.1's
+ * UnicodeData.txt. */
 static const char *const unicode_runs[] = {
     "Z32WR3TR3NORSRMR2I10R2S3R2A26NROULUB26NSOSZ33WRT4VRUVEPSaVUVSK2UBR2UKEQK3RA23SA7B24SB8z27AB2",
     "z7AB2z23A2BABAB3A2BABA2BA3B2A4BA2BA3B3A2BA2Bz2A2BAB2ABA2BA3BABA2B2EAB3E4ACBACBACBz7AB2z8AB2A",
@@ -592,8 +592,8 @@ static const char *const unicode_runs[] = {
     "ONONOK30V44S5NOS31NONONONONOS16V256S131NONONONONONONONONONONOS63NONOS32NOS258V48S21V2S6V39d2",
     "V32dV105A48B48ABA3B2z3A4BAB2AB6D2A3Bz48AB2V6z2F3ABd5R4KR2B38dBd5Bd2E56d7DRd14FE23d9E7dE7dE7d",
     "E7dE7dE7dE7dE7dF32R2PQPQR3PQRPQR9MR2MRPQR2PQNONONONOR5DR10M2R4MRNR13V2R3NONONONOMd34V26dV89",
-    "d12V214d26V12d4WR3VDEJNONONONONOV2NONONONOMNO2VJ9F4G2MD5V2J3DERV2dE86d2F2U2D2EME90RD3Ed5E43d",
-    "E94dV2K4V10E32V36d12E16V31dK10V30K8VK15V32K10V39K15V320E6592V64E21013DE1143d3V55d9E40D6R2",
+    "d12V214d26V16WR3VDEJNONONONONOV2NONONONOMNO2VJ9F4G2MD5V2J3DERV2dE86d2F2U2D2EME90RD3Ed5E43d",
+    "E94dV2K4V10E32V36d11VE16V31dK10V30K8VK15V32K10V39K15V320E6592V64E21013DE1143d3V55d9E40D6R2",
     "E268DR3E16I10E2d20z23EFH3RF10RDz14D2F2E70J10F2R6d8U23D9U2z6AB3z31DB8z2A2Bz4DU2z2EABAB3z10A5B",
     "A5Bz7A4BABd5ABdBdBz2d24D3ABED2BE7FE3FE4FE23G2F2GV4Fd3K6V2TVd6E52R4d8G2E50G16F2d8R2I10d6F18E6",
     "R3ERE2FI10E28F8R2E23F11G2d11RE29d3F3GE47FG2F4G2F2G3R13dDI10d4R2E5FDE9I10E5dE41F6G2F2G2F2d9E3",
@@ -3733,37 +3733,50 @@ static void pool_start(pool *p, int n_threads) {
  * Text to token ids and back, by the vocabulary in the model file: SentencePiece BPE (tokenizer.ggml.model
  * "llama") and byte-level BPE ("gpt2"). Both merge the best pair of neighbours until none is left, with a
  * heap, in O(n log n); they differ in what a pair costs. Byte-level BPE first cuts the text into words by
- * regular expressions, which are data (tok_pres) for the small matcher below. A tok is read-only after
- * tok_load and may be used by any thread; its texts point into the model file. */
+ * regular expressions, which are data (tok_pres) for the small matcher below. All is as llama.cpp does it,
+ * where that differs from a model's own tokenizer too, since files are made and tested with it. A tok is
+ * read-only after tok_load and may be used by any thread; its texts point into the model file. */
 
 enum tok_kind { TOK_SPM, TOK_BPE };
-enum tok_type { TOK_NORMAL = 1, TOK_UNKNOWN, TOK_CONTROL, TOK_USER, TOK_UNUSED, TOK_BYTE };
-enum tok_flag { TOK_BOS = 1, TOK_SPECIAL = 2 }; /* add BOS if the file says so; read control tokens in the text */
+enum tok_type { TOK_UNDEFINED, TOK_NORMAL, TOK_UNKNOWN, TOK_CONTROL, TOK_USER, TOK_UNUSED, TOK_BYTE };
+enum tok_flag { TOK_BOS = 1, TOK_SPECIAL = 2 }; /* as a prompt: BOS before and EOS after, where the file says so; read control tokens in the text */
 
-/* ---- word patterns: alternatives of items, as in the tokenizers' own regular expressions ---- */
+/* ---- word patterns: the tokenizers' own regular expressions, in this language ----
+ *   pattern     = alternative *( "|" alternative )             the first that matches counts, not the longest
+ *   alternative = *( item | "(?:" pattern ")" [ "?" | "*" ] )  a group keeps what it took first; groups hold no groups
+ *   item        = set [ "?" | "*" | "+" | "{" min [ "," max ] "}" ]      as many as possible first
+ *               | "(?=" set ")" | "(?!" set ")" | "(?%" set ")" | "$"    and these take nothing: such a code point
+ *                 follows; none follows; the number of those that follow is a multiple of three; the piece ends
+ *   set         = char | "[" [ "^" ] *range [ "--" *range ] "]"          after "--": but none of these
+ *   range       = char [ "-" char ]                                   the ranges of a set do not overlap
+ *   char        = "\p{" category "}" | "\s" | "\S" | "\r" | "\n" | "\t" | "\u" 4HEX | "\u{" *HEX "}" | "\" any | any */
 
-enum { TOK_RANGES = 12 }; /* of one set: falcon's punctuation has nine */
+enum { TOK_STAGES = 6, TOK_ALTS = 48, TOK_ITEMS = 96, TOK_RANGES = 192, TOK_DEPTH = 16, TOK_MANY = 1 << 30 };
+enum tok_op { TOK_SET, TOK_AHEAD, TOK_NOT_AHEAD, TOK_THREES, TOK_END, TOK_GROUP };
 
-typedef struct {        /* a set of code points */
-    uint32_t categories; /* bit per unicode_category */
-    uint32_t lo[TOK_RANGES], hi[TOK_RANGES];
-    int n_ranges, space, negated;
+typedef struct {          /* a set of code points */
+    uint32_t ascii[4];    /* bit per ASCII character: the answer */
+    uint32_t categories;  /* bit per unicode_category */
+    int first, n, n_minus; /* ranges of tok_rules, ascending: n that are in, then n_minus that are not */
+    char space, negated, minus_space;
 } tok_set;
 
 typedef struct {
+    enum tok_op op;
+    int min, max;         /* repetitions */
+    int alt;              /* of a group: its first alternative */
+    int next;             /* item of the same alternative; -1: the last */
     tok_set set;
-    int min, max;       /* repetitions, as many as possible first */
-    int not_ahead;      /* (?!set): matches nothing, and only where no such code point follows */
 } tok_item;
 
-enum { TOK_ALTERNATIVES = 16, TOK_ITEMS = 6, TOK_STAGES = 4, TOK_MANY = 1 << 30 };
-typedef struct {
-    int n;
-    struct { int n; tok_item item[TOK_ITEMS]; } alt[TOK_ALTERNATIVES];
-} tok_pattern;
+typedef struct { /* a pre-tokenizer ready for use: patterns applied one after the other, each cutting the pieces of the one before */
+    int n_stages, n_alts, n_items, n_ranges;
+    int stage[TOK_STAGES];                            /* first alternatives */
+    struct { int item, next; } alt[TOK_ALTS];         /* first item; next alternative, or -1 */
+    tok_item item[TOK_ITEMS];
+    uint32_t lo[TOK_RANGES], hi[TOK_RANGES];
+} tok_rules;
 
-/* A pre-tokenizer: patterns applied one after the other, each cutting the pieces of the one before into
- * its matches and what lies between them. */
 typedef struct {
     const char *names;              /* of tokenizer.ggml.pre, separated by spaces */
     const char *stage[TOK_STAGES];
@@ -3771,28 +3784,99 @@ typedef struct {
     int add_bos;                    /* unless the file says otherwise */
 } tok_pre;
 
-#define TOK_GPT2 "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)"
-#define TOK_CONTRACTIONS "'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|"
-#define TOK_WORDS " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-#define TOK_LLAMA3 TOK_CONTRACTIONS "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|" TOK_WORDS
+#define TOK_CONTRACTION "'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
+#define TOK_SUFFIX "(?:" TOK_CONTRACTION ")?"
+#define TOK_SPACES "\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+#define TOK_PUNCTUATION " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|"
+#define TOK_WORD "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
+#define TOK_GPT2 "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+#define TOK_LLAMA3 TOK_CONTRACTION "|" TOK_WORD "\\p{N}{1,3}|" TOK_PUNCTUATION TOK_SPACES
+#define TOK_QWEN2 TOK_CONTRACTION "|" TOK_WORD "\\p{N}|" TOK_PUNCTUATION TOK_SPACES
+#define TOK_UPPER "[^\\r\\n\\p{L}\\p{N}]?[\\p{L}--a-z]*[\\p{L}--A-Z]+"  /* words in which lower-case letters come last... */
+#define TOK_LOWER "[^\\r\\n\\p{L}\\p{N}]?[\\p{L}--a-z]+[\\p{L}--A-Z]*"  /* ...or not at all */
+#define TOK_DEEPSEEK3 "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
+#define TOK_CJK "[\\u4e00-\\u9fa5\\u3040-\\u30ff]+"
+#define TOK_ASIAN "[\\u0800-\\u9fa5\\uac00-\\ud7ff--\\s]+"
+#define TOK_HAN "\\u4e00-\\u9fff\\u3400-\\u4dbf\\u{20000}-\\u{2a6df}\\u{2a700}-\\u{2ebef}\\uf900-\\ufaff\\u{2f800}-\\u{2fa1f}"
+#define TOK_CASED /* letters of scripts with cases, as the tokenizers of DeepSeek list them */ \
+    "A-Za-z\\u00b5\\u00c0-\\u00d6\\u00d8-\\u00f6\\u00f8-\\u01ba\\u01bc-\\u01bf\\u01c4-\\u0293\\u0295-\\u02af\\u0370-\\u0373\\u0376\\u0377" \
+    "\\u037b-\\u037d\\u037f\\u0386\\u0388-\\u038a\\u038c\\u038e-\\u03a1\\u03a3-\\u03f5\\u03f7-\\u0481\\u048a-\\u052f\\u0531-\\u0556" \
+    "\\u10a0-\\u10c5\\u13a0-\\u13f5\\u13f8-\\u13fd\\u1c90-\\u1cba\\u1cbd-\\u1cbf\\u1d00-\\u1d2b\\u1d6b-\\u1d77\\u1d79-\\u1d9a" \
+    "\\u1e00-\\u1f15\\u1f18-\\u1f1d\\u1f20-\\u1f45\\u1f48-\\u1f4d\\u1f50-\\u1f57\\u1f59\\u1f5b\\u1f5d\\u1f5f-\\u1f7d\\u1f80-\\u1fb4" \
+    "\\u1fb6-\\u1fbc\\u1fbe\\u1fc2-\\u1fc4\\u1fc6-\\u1fcc\\u1fd0-\\u1fd3\\u1fd6-\\u1fdb\\u1fe0-\\u1fec\\u1ff2-\\u1ff4\\u1ff6-\\u1ffc" \
+    "\\u2102\\u2107\\u210a-\\u2113\\u2115\\u2119-\\u211d\\u2124\\u2126\\u2128\\u212a-\\u212d\\u212f-\\u2134\\u2139\\u213c-\\u213f" \
+    "\\u2145-\\u2149\\u214e\\u2183\\u2184\\u2c00-\\u2c7b\\u2c7e-\\u2ce4\\u2ceb-\\u2cee\\u2cf2\\u2cf3\\ua640-\\ua66d\\ua680-\\ua69b" \
+    "\\ua722-\\ua76f\\ua771-\\ua787\\ua78b-\\ua78e\\uab70-\\uabbf\\ufb00-\\ufb06\\ufb13-\\ufb17\\uff21-\\uff3a\\uff41-\\uff5a" \
+    "\\u{10400}-\\u{1044f}\\u{104b0}-\\u{104d3}\\u{104d8}-\\u{104fb}\\u{10c80}-\\u{10cb2}\\u{10cc0}-\\u{10cf2}" \
+    "\\u{118a0}-\\u{118df}\\u{1e900}-\\u{1e943}"
+#define TOK_SENTENCE " ?[^(\\s|.,!?\\u2026\\u3002\\uff0c\\u3001\\u0964\\u06d4\\u060c)]+"
+#define TOK_THREES_FROM_RIGHT "[^\\p{N}]*\\p{N}{1,3}(?%\\p{N})" /* what stands before the first digits goes with them */
+
 static const tok_pre tok_pres[] = {
     {"default", {"[\\p{P}\\$\\+<=>\\^~\\|]+", TOK_GPT2, "\\p{N}+", "[0-9][0-9][0-9]"}, 0, 0},
-    {"gpt-2 phi-2 mpt olmo jais", {TOK_GPT2}, 0, 0},
-    {"llama-bpe llama3 llama-v3 falcon3 pixtral", {TOK_LLAMA3}, 1, 1},
-    {"dbrx smaug-bpe", {TOK_LLAMA3}, 0, 0},
-    {"qwen2 deepseek-r1-qwen", {TOK_CONTRACTIONS "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|" TOK_WORDS}, 0, 0},
-    {"smollm starcoder refact command-r codeshell exaone", {"\\p{N}", TOK_GPT2}, 0, 0},
+    {"gpt-2 phi-2 mpt olmo jais exaone4 trillion granite-docling gigachat a.x-4.0 mellum modern-bert jina-es jina-de", {TOK_GPT2}, 0, 0},
+    {"llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano", {TOK_LLAMA3}, 1, 1},
+    {"dbrx smaug-bpe glm4 chatglm-bpe", {TOK_LLAMA3}, 0, 0},
+    {"qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan solar-open grok-2 kormo f2llmv2", {TOK_QWEN2}, 0, 0},
+    {"qwen35", {TOK_CONTRACTION "|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|\\p{N}| ?[^\\s\\p{L}\\p{M}\\p{N}]+[\\r\\n]*|" TOK_SPACES}, 0, 0},
+    {"ufakzeka", {TOK_WORD "\\p{N}|" TOK_PUNCTUATION TOK_SPACES}, 0, 0},
+    {"laguna", {"[^\\n]+|\\n+", TOK_QWEN2}, 0, 0},
+    {"minicpm5", {"\\p{N}{1,3}", TOK_CONTRACTION "|" TOK_WORD "\\p{N}+|" TOK_PUNCTUATION TOK_SPACES}, 1, 0},
+    {"smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", {"\\p{N}", TOK_GPT2}, 0, 0},
     {"falcon", {"[\\p{P}\\$\\+<=>\\^~\\|`]+", TOK_GPT2, "[0-9][0-9][0-9]"}, 0, 0},
+    {"gpt-4o llama4 kanana2 talkie minimax-m2",
+     {TOK_UPPER TOK_SUFFIX "|" TOK_LOWER TOK_SUFFIX "|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|" TOK_SPACES}, 0, 0},
+    {"tekken", {TOK_UPPER "|" TOK_LOWER "|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|" TOK_SPACES}, 1, 1},
+    {"tiny_aya cohere2moe", {TOK_THREES_FROM_RIGHT,
+     "[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+" TOK_SUFFIX "|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|" TOK_SPACES}, 0, 0},
+    {"deepseek-llm", {"[\\r\\n]", "\\s?[" TOK_CASED "]+", "\\s?[!-/:-~\\uff01-\\uff0f\\uff1a-\\uff5e\\u2018-\\u201f\\u3001-\\u3002]+", "\\s+$",
+     TOK_ASIAN, "\\p{N}+"}, 0, 0},
+    {"deepseek-coder", {"[\\r\\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", TOK_ASIAN, "\\p{N}"}, 0, 0},
+    {"deepseek-v3 hunyuan-dense joyai-llm hy_v4", {"\\p{N}{1,3}", TOK_CJK, TOK_DEEPSEEK3 " ?[\\p{P}\\p{S}]+[\\r\\n]*|" TOK_SPACES}, 0, 0},
+    {"spark2_5", {"\\p{N}{1,3}", TOK_CJK, TOK_DEEPSEEK3 " ?[\\p{P}\\p{S}]+|[\\r\\n]|\\s+(?!\\S)|\\s+", "\\p{N}"}, 0, 0},
+    {"youtu", {"[\\uac00-\\ud7a3\\u3131-\\u318e]+|[\\uff01\\u2026\\u201c\\u201d\\u2018\\u2019\\u2014\\uff1a\\uff1b\\uff0c\\u3001-\\u303f\\ufe30-\\ufe4f]+|"
+     "[\\u3105-\\u312f]+|" TOK_CJK,
+     "[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+" TOK_SUFFIX "|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|" TOK_SPACES}, 1, 0},
+    {"afmoe", {TOK_THREES_FROM_RIGHT, "[\\u0e40-\\u0eff\\u1000-\\u109f\\u1100-\\u11ff\\u1780-\\u17ff\\u2f00-\\u2fdf\\u3040-\\u30ff\\u3400-\\u4dbf"
+     "\\u4e00-\\ufaff\\uff65-\\uff9f]+",
+     TOK_DEEPSEEK3 " ?[\\p{P}\\p{S}]+[\\r\\n]*|" TOK_SPACES}, 0, 0},
+    {"bailingmoe bailingmoe2 llada-moe",
+     {"'[sSdDmMtT]|'[lL][lL]|'[vV][eE]|'[rR][eE]|" TOK_WORD "\\p{N}|" TOK_PUNCTUATION "\\s*[\\r\\n]|\\s+(?!\\S)|\\s+"}, 0, 0},
+    {"seed-coder", {TOK_CONTRACTION "|" TOK_WORD "\\p{N}| ?[^\\s\\p{L}\\p{N}\\r\\n]+|" TOK_SPACES}, 0, 0},
+    {"exaone-moe", {TOK_CONTRACTION "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}\\p{M}*(?: ?\\p{L}\\p{M}*)*|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]?|"
+     "\\s*[\\r\\n]|\\s+(?!\\S)|\\s+"}, 0, 0},
+    {"kimi-k2", {"[" TOK_HAN "]+|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}--" TOK_HAN "]+" TOK_SUFFIX "|\\p{N}{1,3}|" TOK_PUNCTUATION TOK_SPACES}, 0, 0},
+    {"jais-2", {TOK_CONTRACTION "|" TOK_WORD "\\p{N}{1,3}|" TOK_PUNCTUATION "\\s*[\\r\\n]+|\\s{512}(?!\\S)|\\s{256}(?!\\S)|\\s{128}(?!\\S)|"
+     "\\s{64}(?!\\S)|\\s{32}(?!\\S)|\\s{16}(?!\\S)|\\s{8}(?!\\S)|\\s{4}(?!\\S)|\\s{1,2}(?!\\S)|\\s{1}"}, 0, 0},
+    {"poro-chat bloom gpt3-finnish", {TOK_SENTENCE}, 0, 0},
+    {"viking", {TOK_SENTENCE, "\\p{N}"}, 0, 0},
+    {"superbpe", {"\\p{N}+", "(?=[0-9])(?%[0-9])"}, 0, 0},
+    {"chameleon", {"<sentinel:[0-9]+>", "IMGIMG[A-I]{1,4}Z", "[\\t\\n]|    |  ", "\\p{N}", "[\\p{P}!-/:-@\\[-`{-~]", TOK_GPT2}, 0, 1},
 };
 
-static int tok_set_has(const tok_set *s, uint32_t cp, int category) {
+static int tok_set_search(const tok_rules *r, const tok_set *s, uint32_t cp, int category) { /* without the table */
     int in = (s->categories >> category & 1) || (s->space && unicode_is_space(cp));
-    for (int i = 0; i < s->n_ranges && !in; i++) in = cp >= s->lo[i] && cp <= s->hi[i];
+    if (!in && s->n) {
+        int lo = s->first, hi = s->first + s->n - 1;
+        while (lo < hi) { /* the last range that begins at or before cp */
+            int mid = (lo + hi + 1) / 2;
+            if (r->lo[mid] <= cp) lo = mid;
+            else hi = mid - 1;
+        }
+        in = cp >= r->lo[lo] && cp <= r->hi[lo];
+    }
+    for (int i = s->first + s->n; i < s->first + s->n + s->n_minus && in; i++) in = cp < r->lo[i] || cp > r->hi[i];
+    if (s->minus_space && unicode_is_space(cp)) in = 0;
     return in != s->negated;
 }
 
-/* "\p{L}", "\p{Lu}": all categories whose names begin so. */
-static uint32_t tok_category_bits(const char *name, size_t len) {
+static int tok_set_has(const tok_rules *r, const tok_set *s, uint32_t cp, int category) {
+    return cp < 128 ? (int)(s->ascii[cp >> 5] >> (cp & 31) & 1) : tok_set_search(r, s, cp, category);
+}
+
+/* ---- reading patterns: they are all in tok_pres, so nothing here doubts them; the tests see that they fit the limits ---- */
+
+static uint32_t tok_category_bits(const char *name, size_t len) { /* "L", "Lu": all categories whose names begin so */
     static const char names[] = "LuLlLtLmLoMnMcMeNdNlNoPcPdPsPePiPfPoSmScSkSoZsZlZpCcCfCsCoCn";
     uint32_t bits = 0;
     for (uint32_t i = 0; i < 30; i++)
@@ -3800,37 +3884,68 @@ static uint32_t tok_category_bits(const char *name, size_t len) {
     return bits;
 }
 
-/* escape = "\p{" name "}" | "\s" | "\S" | "\r" | "\n" | "\" char; anything else stands for itself */
-static const char *tok_parse_char(const char *p, tok_set *s) {
-    unsigned char c = (unsigned char)*p++;
-    if (c == '\\') {
-        c = (unsigned char)*p++;
-        if (c == 'p') {
-            const char *end = strchr(p, '}');
-            s->categories |= tok_category_bits(p + 1, (size_t)(end - p - 1));
-            return end + 1;
-        }
-        if (c == 's') return s->space = 1, p;
-        if (c == 'S') return s->space = 1, s->negated = 1, p;
-        c = c == 'r' ? '\r' : c == 'n' ? '\n' : c;
+static uint32_t tok_parse_one(const char **p) { /* a code point */
+    char c = *(*p)++;
+    if (c != '\\') return (unsigned char)c;
+    c = *(*p)++;
+    if (c != 'u') return c == 'r' ? '\r' : c == 'n' ? '\n' : c == 't' ? '\t' : (unsigned char)c;
+    int braces = **p == '{';
+    uint32_t cp = 0;
+    *p += braces;
+    for (int n = 0; braces ? **p != '}' : n < 4; n++, ++*p) cp = cp << 4 | (uint32_t)(**p <= '9' ? **p - '0' : **p - 'a' + 10);
+    *p += braces;
+    return cp;
+}
+
+/* Adds a range of code points, or a class of them, to the set that ends the ranges. */
+static const char *tok_parse_range(tok_rules *r, const char *p, tok_set *s, int minus) {
+    if (p[0] == '\\' && p[1] == 'p') {
+        const char *end = strchr(p, '}');
+        s->categories |= tok_category_bits(p + 3, (size_t)(end - p - 3));
+        return end + 1;
     }
-    uint32_t to = c;
-    if (p[0] == '-' && p[1] && p[1] != ']') to = (unsigned char)p[1], p += 2;
-    s->lo[s->n_ranges] = c, s->hi[s->n_ranges++] = to;
+    if (p[0] == '\\' && (p[1] == 's' || p[1] == 'S')) {
+        if (minus) s->minus_space = 1;
+        else s->space = 1;
+        if (p[1] == 'S') s->negated = 1;
+        return p + 2;
+    }
+    uint32_t lo = tok_parse_one(&p), hi = lo;
+    if (p[0] == '-' && p[1] && p[1] != ']' && p[1] != '-') p++, hi = tok_parse_one(&p);
+    if (r->n_ranges == TOK_RANGES) return p;
+    int i = r->n_ranges++, first = minus ? s->first + s->n : s->first;
+    for (; i > first && r->lo[i - 1] > lo; i--) r->lo[i] = r->lo[i - 1], r->hi[i] = r->hi[i - 1];
+    r->lo[i] = lo, r->hi[i] = hi;
+    if (minus) s->n_minus++;
+    else s->n++;
     return p;
 }
 
-/* item = set [ "?" | "*" | "+" | "{" min [ "," max ] "}" ] | "(?!" set ")"; set = char | "[" [ "^" ] *char "]" */
-static const char *tok_parse_item(const char *p, tok_item *it) {
-    memset(it, 0, sizeof *it);
-    it->min = it->max = 1;
-    if (strncmp(p, "(?!", 3) == 0) return it->not_ahead = 1, tok_parse_char(p + 3, &it->set) + 1;
+static const char *tok_parse_set(tok_rules *r, const char *p, tok_set *s) {
+    s->first = r->n_ranges;
     if (*p == '[') {
+        int minus = 0;
+        if (*++p == '^') s->negated = 1, p++;
+        while (*p != ']') {
+            if (p[0] == '-' && p[1] == '-') minus = 1, p += 2;
+            p = tok_parse_range(r, p, s, minus);
+        }
         p++;
-        if (*p == '^') it->set.negated = 1, p++;
-        while (*p != ']') p = tok_parse_char(p, &it->set);
-        p++;
-    } else p = tok_parse_char(p, &it->set);
+    } else p = tok_parse_range(r, p, s, 0);
+    for (uint32_t c = 0; c < 128; c++)
+        if (tok_set_search(r, s, c, unicode_category(c))) s->ascii[c >> 5] |= 1u << (c & 31);
+    return p;
+}
+
+static const char *tok_parse_pattern(tok_rules *r, const char *p, int *first_alt);
+
+static const char *tok_parse_item(tok_rules *r, const char *p, tok_item *it) {
+    it->min = it->max = 1;
+    if (*p == '$') return it->op = TOK_END, p + 1;
+    if (p[0] == '(' && p[1] == '?') {
+        if (p[2] == ':') it->op = TOK_GROUP, p = tok_parse_pattern(r, p + 3, &it->alt) + 1;
+        else it->op = p[2] == '=' ? TOK_AHEAD : p[2] == '!' ? TOK_NOT_AHEAD : TOK_THREES, p = tok_parse_set(r, p + 3, &it->set) + 1;
+    } else p = tok_parse_set(r, p, &it->set);
     if (*p == '?') return it->min = 0, p + 1;
     if (*p == '+') return it->max = TOK_MANY, p + 1;
     if (*p == '*') return it->min = 0, it->max = TOK_MANY, p + 1;
@@ -3840,13 +3955,30 @@ static const char *tok_parse_item(const char *p, tok_item *it) {
     return p + 1;
 }
 
-static void tok_parse_pattern(const char *p, tok_pattern *out) {
-    memset(out, 0, sizeof *out);
-    for (out->n = 1; *p;) {
-        if (*p == '|') out->n++, p++;
-        else p = tok_parse_item(p, &out->alt[out->n - 1].item[out->alt[out->n - 1].n++]);
+/* Reads up to the end of the text or of the group. What exceeds the limits is left out. */
+static const char *tok_parse_pattern(tok_rules *r, const char *p, int *first_alt) {
+    for (int *link = first_alt;;) {
+        int alt = r->n_alts < TOK_ALTS ? r->n_alts++ : TOK_ALTS - 1, *next = &r->alt[alt].item;
+        *link = alt, link = &r->alt[alt].next, *link = *next = -1;
+        while (*p && *p != '|' && *p != ')') {
+            int i = r->n_items < TOK_ITEMS ? r->n_items++ : TOK_ITEMS - 1;
+            p = tok_parse_item(r, p, &r->item[i]);
+            *next = i, next = &r->item[i].next, *next = -1;
+        }
+        if (*p != '|') return p;
+        p++;
     }
 }
+
+static void tok_parse_rules(const tok_pre *pre, tok_rules *r) {
+    memset(r, 0, sizeof *r);
+    while (r->n_stages < TOK_STAGES && pre->stage[r->n_stages]) {
+        tok_parse_pattern(r, pre->stage[r->n_stages], &r->stage[r->n_stages]);
+        r->n_stages++;
+    }
+}
+
+/* ---- matching them ---- */
 
 typedef struct { /* the text of one call, decoded */
     uint32_t *cp;
@@ -3855,15 +3987,68 @@ typedef struct { /* the text of one call, decoded */
     int n;
 } tok_text;
 
-/* Matches items[0..n) at code point `from`; returns the end, or -1. Recursion is as deep as n. */
-static int tok_match(const tok_text *t, const tok_item *item, int n, int from, int end) {
-    if (n == 0) return from;
-    int most = 0;
-    while (most < item->max && from + most < end && tok_set_has(&item->set, t->cp[from + most], t->category[from + most])) most++;
-    if (item->not_ahead) return most ? -1 : tok_match(t, item + 1, n - 1, from, end);
-    for (int k = most; k >= item->min; k--) {
-        int to = tok_match(t, item + 1, n - 1, from + k, end);
-        if (to >= 0) return to;
+typedef struct { /* one pattern at work on one piece of the text, code points up to `end` */
+    const tok_rules *r;
+    const tok_text *text;
+    int end;
+    int threes_from, threes_end; /* the last run that (?%S) counted */
+    int dead[TOK_ALTS];          /* an alternative that begins with an unbounded run failed in it, and so will up to its end */
+} tok_match_state;
+
+static int tok_match_from(tok_match_state *m, int item, int from, int *run_end);
+
+/* How many code points an item can take at `from`, at most; -1: it does not match. */
+static int tok_match_item(tok_match_state *m, const tok_item *it, int from) {
+    int n = 0, most = it->max < m->end - from ? it->max : m->end - from, more = 1;
+    if (it->op == TOK_END) return from == m->end ? 0 : -1;
+    if (it->op == TOK_GROUP) {
+        for (int round = 0; round < it->max && more > 0; round++, n += more) {
+            more = -1;
+            for (int a = it->alt; a >= 0 && more < 0; a = m->r->alt[a].next) more = tok_match_from(m, m->r->alt[a].item, from + n, NULL) - from - n;
+            more = more < 0 ? 0 : more;
+        }
+        return n >= it->min ? n : -1;
+    }
+    if (it->op == TOK_THREES) {
+        if (from < m->threes_from || from >= m->threes_end) {
+            m->threes_from = m->threes_end = from;
+            for (int i = from; i < m->end && tok_set_has(m->r, &it->set, m->text->cp[i], m->text->category[i]); i++) m->threes_end++;
+        }
+        return (m->threes_end - from) % 3 ? -1 : 0;
+    }
+    while (n < most && tok_set_has(m->r, &it->set, m->text->cp[from + n], m->text->category[from + n])) n++;
+    if (it->op == TOK_AHEAD) return n ? 0 : -1;
+    if (it->op == TOK_NOT_AHEAD) return n ? -1 : 0;
+    return n >= it->min ? n : -1;
+}
+
+/* Matches a chain of items at `from`; the end, or -1; and where the run of the first item ended. It steps back over single sets only,
+ * and in no pattern are there more than two unbounded ones that could both give back, of which the second then fails at once; so the
+ * work is in proportion to the text taken or to the run marked dead. */
+static int tok_match_from(tok_match_state *m, int item, int from, int *run_end) {
+    struct { int item, from, take; } at[TOK_DEPTH];
+    for (int n = 0;;) {
+        while (item >= 0 && n < TOK_DEPTH) {
+            int take = tok_match_item(m, &m->r->item[item], from);
+            if (take < 0) break;
+            if (n == 0 && run_end) *run_end = from + take;
+            at[n].item = item, at[n].from = from, at[n++].take = take;
+            from += take, item = m->r->item[item].next;
+        }
+        if (item < 0) return from;
+        while (n > 0 && (m->r->item[at[n - 1].item].op != TOK_SET || at[n - 1].take <= m->r->item[at[n - 1].item].min)) n--;
+        if (n == 0) return -1;
+        from = at[n - 1].from + --at[n - 1].take, item = m->r->item[at[n - 1].item].next;
+    }
+}
+
+static int tok_match(tok_match_state *m, int first_alt, int from) { /* of the alternatives the first that matches: its end, or -1 */
+    for (int a = first_alt; a >= 0; a = m->r->alt[a].next) {
+        if (from < m->dead[a]) continue;
+        int run_end = from, end = tok_match_from(m, m->r->alt[a].item, from, &run_end);
+        if (end >= 0) return end;
+        const tok_item *it = &m->r->item[m->r->alt[a].item];
+        if (it->op == TOK_SET && it->max == TOK_MANY && it->min <= 1) m->dead[a] = run_end;
     }
     return -1;
 }
@@ -3874,7 +4059,9 @@ typedef struct {
     str text;
     float score;
     unsigned char type;
-    unsigned char ends; /* an end-of-generation token */
+    unsigned char ends;   /* an end-of-generation token */
+    unsigned char shown;  /* a control token that is part of the output's text */
+    unsigned char rstrip; /* swallows the white space that follows it in a text */
 } tok_entry;
 
 typedef struct {
@@ -3891,12 +4078,13 @@ typedef struct {
     int32_t *end;          /* the end-of-generation tokens */
     int n_special;
     int32_t *special;      /* tokens that may stand in text as such, the longest first */
+    int32_t *spelled;      /* indices of `special` in the order of the texts' bytes... */
+    int spelled_from[257]; /* ...where those that begin with each byte begin */
     int32_t bos, eos, unk; /* -1 where there is none */
     int32_t byte[256];     /* SPM: the token of each byte */
-    int add_bos, add_space_prefix;
+    int add_bos, add_eos, add_space_prefix;
     const tok_pre *pre;
-    int n_stages;
-    tok_pattern stage[TOK_STAGES];
+    tok_rules rules;
     uint16_t from_unicode[0x144]; /* byte-level BPE: 1 + the byte that a code point below 0x144 stands for */
     uint16_t to_unicode[256];
     const char *name;      /* "gguf-bpe" or "gguf-spm", for /health */
@@ -4027,18 +4215,17 @@ static void tok_merge(const tok *t, tok_work *w, str word) {
     }
 }
 
-/* Emits the merged symbols; what is no token falls back to bytes (SPM) or to the unknown token. */
+/* Emits the merged symbols. What is no token falls back to the tokens of its bytes, which a vocabulary without gaps has. */
 static void tok_emit(const tok *t, const tok_work *w, tok_ids *out) {
     for (int s = 0; s >= 0 && s < w->n_symbols; s = w->symbol[s].next) {
         str text = w->symbol[s].text;
         int32_t id = tok_find(t, text);
         if (id >= 0) tok_ids_add(out, id);
-        else if (t->kind == TOK_SPM)
-            for (size_t i = 0; i < text.len; i++) {
-                int32_t b = t->byte[(unsigned char)text.ptr[i]];
-                if (b >= 0 || t->unk >= 0) tok_ids_add(out, b >= 0 ? b : t->unk);
-            }
-        else if (t->unk >= 0) tok_ids_add(out, t->unk);
+        for (size_t i = 0; i < text.len && id < 0; i++) {
+            int32_t b = t->kind == TOK_SPM ? t->byte[(unsigned char)text.ptr[i]] : tok_find(t, str_make(text.ptr + i, 1));
+            if (b < 0 && t->kind == TOK_SPM) b = t->unk;
+            if (b >= 0) tok_ids_add(out, b);
+        }
     }
 }
 
@@ -4048,21 +4235,19 @@ typedef struct {
     int from, to; /* code points */
 } tok_span;
 
-/* Cuts spans by one pattern; `out` has room for a span for each code point. */
-static int tok_cut(const tok_pattern *pat, const tok_text *text, const tok_span *in, int n_in, tok_span *out) {
+/* Cuts spans by the pattern of one stage into its matches and what lies between them; a match of nothing is a cut. `out` has room for a
+ * span for each code point. */
+static int tok_cut(const tok_rules *r, int stage, const tok_text *text, const tok_span *in, int n_in, tok_span *out) {
+    tok_match_state m = {r, text, 0, 0, 0, {0}};
     int n = 0;
     for (int s = 0; s < n_in; s++) {
         int gap = in[s].from;
+        m.end = in[s].to;
         for (int i = in[s].from; i < in[s].to;) {
-            int end = -1;
-            for (int a = 0; a < pat->n && end < 0; a++) end = tok_match(text, pat->alt[a].item, pat->alt[a].n, i, in[s].to);
-            if (end <= i) {
-                i++;
-                continue;
-            }
-            if (gap < i) out[n].from = gap, out[n++].to = i;
-            out[n].from = i, out[n++].to = end;
-            i = gap = end;
+            int end = tok_match(&m, r->stage[stage], i);
+            if (end >= 0 && gap < i) out[n].from = gap, out[n++].to = gap = i;
+            if (end > i) out[n].from = i, out[n++].to = gap = end;
+            i = end > i ? end : i + 1;
         }
         if (gap < in[s].to) out[n].from = gap, out[n++].to = in[s].to;
     }
@@ -4105,8 +4290,8 @@ static void tok_encode_bpe(const tok *t, str raw, tok_ids *out) {
         text.at[text.n] = (uint32_t)raw.len;
         int spans = text.n > 0;
         a[0].from = 0, a[0].to = text.n;
-        for (int s = 0; s < t->n_stages; s++) {
-            spans = tok_cut(&t->stage[s], &text, a, spans, b);
+        for (int s = 0; s < t->rules.n_stages; s++) {
+            spans = tok_cut(&t->rules, s, &text, a, spans, b);
             tok_span *swap = a;
             a = b, b = swap;
         }
@@ -4152,27 +4337,63 @@ static int tok_split_piece(const tok *t, tok_piece_of_text in, int32_t id, tok_p
         if (!at) return 1;
         (*out)[*n].text = mark, (*out)[(*n)++].id = id;
         rest = str_make(at + mark.len, rest.len - before - mark.len);
+        for (; t->entry[id].rstrip && rest.len && (*rest.ptr == ' ' || (*rest.ptr >= 9 && *rest.ptr <= 13)); rest.len--) rest.ptr++;
     }
 }
 
-/* Finds the tokens that may stand in text as such, the longest first, as llama.cpp does. User-defined
- * tokens always count; control tokens only with TOK_SPECIAL. */
+static int tok_counts(const tok *t, int s, int flags) { /* may special token s stand in this text? */
+    return t->entry[t->special[s]].type == TOK_USER || (flags & TOK_SPECIAL);
+}
+
+/* Marks the special tokens that occur in the text, in one pass over it: at each position the tokens that begin so are a range of
+ * `spelled`, narrowed byte by byte. Where all that begin with a byte have been seen, it is passed over. */
+static void tok_find_special(const tok *t, str text, int flags, unsigned char *seen) {
+    int unseen[256] = {0};
+    for (int s = 0; s < t->n_special; s++) unseen[(unsigned char)t->entry[t->special[s]].text.ptr[0]] += tok_counts(t, s, flags);
+    for (size_t i = 0; i < text.len; i++) {
+        unsigned char head = (unsigned char)text.ptr[i];
+        int lo = t->spelled_from[head], hi = t->spelled_from[head + 1];
+        if (!unseen[head]) continue;
+        for (size_t depth = 1; lo < hi; depth++) {
+            for (; lo < hi && t->entry[t->special[t->spelled[lo]]].text.len == depth; lo++) {
+                int s = t->spelled[lo];
+                if (!seen[s] && tok_counts(t, s, flags)) seen[s] = 1, unseen[head]--;
+            }
+            if (i + depth >= text.len) break;
+            int c = (unsigned char)text.ptr[i + depth], from[2], end = hi;
+            for (int k = 0; k < 2; k++) { /* the first token whose byte is at least c, then more than c */
+                int a = lo, b = end;
+                while (a < b) {
+                    int mid = (a + b) / 2;
+                    if ((unsigned char)t->entry[t->special[t->spelled[mid]]].text.ptr[depth] < c + k) a = mid + 1;
+                    else b = mid;
+                }
+                from[k] = a;
+            }
+            lo = from[0], hi = from[1];
+        }
+    }
+}
+
+/* Cuts the text at the tokens that may stand in it as such, the longest first. User-defined tokens always count; control tokens
+ * only with TOK_SPECIAL. */
 static tok_piece_of_text *tok_partition(const tok *t, str text, int flags, int *count) {
     int n = 1, cap = 8;
     tok_piece_of_text *pieces = malloc((size_t)cap * sizeof *pieces);
-    if (!pieces) return NULL;
+    unsigned char *seen = sys_zalloc((size_t)t->n_special + 1, 1);
+    if (!pieces || !seen) return free(pieces), free(seen), NULL;
     pieces[0].text = text, pieces[0].id = -1;
+    tok_find_special(t, text, flags, seen);
     for (int s = 0; s < t->n_special; s++) {
-        const tok_entry *e = &t->entry[t->special[s]];
-        if (e->type != TOK_USER && !(flags & TOK_SPECIAL)) continue;
-        if (!memmem(text.ptr, text.len, e->text.ptr, e->text.len)) continue;
+        if (!seen[s]) continue;
         tok_piece_of_text *out = NULL;
         int n_out = 0, out_cap = 0, ok = 1;
         for (int i = 0; i < n && ok; i++) ok = tok_split_piece(t, pieces[i], t->special[s], &out, &n_out, &out_cap);
         free(pieces);
-        if (!ok) return free(out), NULL;
+        if (!ok) return free(out), free(seen), NULL;
         pieces = out, n = n_out;
     }
+    free(seen);
     *count = n;
     return pieces;
 }
@@ -4181,10 +4402,9 @@ static tok_piece_of_text *tok_partition(const tok *t, str text, int flags, int *
 static int tok_encode(const tok *t, str text, int flags, tok_ids *out) {
     if (utf8_count(text) < 0 || text.len > (size_t)1 << 30) return 0;
     if ((flags & TOK_BOS) && t->add_bos && t->bos >= 0) tok_ids_add(out, t->bos);
-    if (text.len == 0) return !out->failed;
     int n = 0, after_special = 1;
-    tok_piece_of_text *piece = tok_partition(t, text, flags, &n);
-    if (!piece) return 0;
+    tok_piece_of_text *piece = text.len ? tok_partition(t, text, flags, &n) : NULL;
+    if (text.len && !piece) return 0;
     for (int i = 0; i < n; i++) {
         if (piece[i].id >= 0) tok_ids_add(out, piece[i].id);
         else if (t->kind == TOK_BPE) tok_encode_bpe(t, piece[i].text, out);
@@ -4192,6 +4412,7 @@ static int tok_encode(const tok *t, str text, int flags, tok_ids *out) {
         after_special = piece[i].id >= 0;
     }
     free(piece);
+    if ((flags & TOK_BOS) && t->add_eos && t->eos >= 0) tok_ids_add(out, t->eos);
     return !out->failed;
 }
 
@@ -4203,19 +4424,21 @@ static int tok_hex_byte(str s) { /* the value of "<0x1F>", or -1 */
     return json_hex4(quad, quad + 4);
 }
 
-/* Appends the bytes that a token stands for. Control tokens have none unless `special`. */
+/* Appends the bytes that a token stands for. Control tokens have none unless `special`, unused ones never. What a model's own
+ * tokenizer may do to clean up spaces (" ." to ".") is not done: the text is what the model said. */
 static void tok_piece(const tok *t, int32_t id, int special, buf *out) {
     if (id < 0 || id >= t->n) return;
     const tok_entry *e = &t->entry[id];
     if (e->type == TOK_CONTROL || e->type == TOK_UNKNOWN) {
-        if (special) buf_add(out, e->text.ptr, e->text.len);
+        if (special || e->shown) buf_add(out, e->text.ptr, e->text.len);
         return;
     }
+    if (e->type == TOK_UNUSED || e->type == TOK_UNDEFINED) return;
     if (e->type == TOK_BYTE && tok_hex_byte(e->text) >= 0) {
         buf_putc(out, (char)tok_hex_byte(e->text));
         return;
     }
-    if (t->kind == TOK_BPE && e->type == TOK_USER) {
+    if (e->type == TOK_USER) {
         buf_add(out, e->text.ptr, e->text.len);
         return;
     }
@@ -4275,7 +4498,7 @@ static int tok_load_texts(tok *t, const gguf_file *g, char *err, size_t cap) {
         if (scores) memcpy(&e->score, scores->value + 4 * (size_t)i, 4);
         if (e->score != e->score) return sys_fail(err, cap, "%s: tokenizer.ggml.scores[%d] is not a number", g->path, i);
         if (types) memcpy(&type, types->value + 4 * (size_t)i, 4);
-        e->type = type >= TOK_NORMAL && type <= TOK_BYTE ? (unsigned char)type : TOK_NORMAL;
+        e->type = type >= TOK_NORMAL && type <= TOK_BYTE ? (unsigned char)type : TOK_UNDEFINED;
         uint64_t h = str_hash(e->text) & t->table_mask; /* of two tokens with one text the later counts */
         while (t->table[h] && !str_eq(t->entry[t->table[h] - 1].text, e->text)) h = (h + 1) & t->table_mask;
         t->table[h] = (uint32_t)i + 1;
@@ -4327,20 +4550,20 @@ static int tok_find_pre(tok *t, str want) {
             if (str_eq(str_make(p, n), want)) t->pre = &tok_pres[i];
             p += n + (p[n] == ' ');
         }
-    if (!t->pre) return 0;
-    for (; t->n_stages < TOK_STAGES && t->pre->stage[t->n_stages]; t->n_stages++)
-        tok_parse_pattern(t->pre->stage[t->n_stages], &t->stage[t->n_stages]);
-    return 1;
+    if (t->pre) tok_parse_rules(t->pre, &t->rules);
+    return t->pre != NULL;
 }
 
 static int tok_load_pre(tok *t, const gguf_file *g, const char *override, char *err, size_t cap) {
     str want = override && *override ? str_of(override) : gguf_get_str(g, "tokenizer.ggml.pre");
-    char names[512] = "", shown[96];
-    if (want.len == 0) want = str_of("default");
+    char shown[96];
+    if (want.len == 0) {
+        log_note(LOG_WARN, "model_load_progress", "\"warning\":\"the file names no pre-tokenizer: 'default' cuts words, perhaps not as the model learnt them\"");
+        want = str_of("default");
+    }
     if (tok_find_pre(t, want)) return 1;
-    for (size_t i = 0; i < sizeof tok_pres / sizeof *tok_pres; i++)
-        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? " " : "", tok_pres[i].names);
-    return sys_fail(err, cap, "%s: pre-tokenizer '%s' is not supported; supported: %s (--pre NAME chooses one)", g->path, gguf_show(want, shown), names);
+    return sys_fail(err, cap, "%s: pre-tokenizer '%s' is not supported; README.md lists those that are, and --pre NAME chooses one", g->path,
+                    gguf_show(want, shown));
 }
 
 static int32_t tok_special_id(const tok *t, const gguf_file *g, const char *key) {
@@ -4351,86 +4574,168 @@ static int32_t tok_special_id(const tok *t, const gguf_file *g, const char *key)
     return -1;
 }
 
-/* Tokens that end a generation: those the file names, and control tokens with a well-known text. */
-static void tok_mark_ends(tok *t, const gguf_file *g) {
-    static const char *const keys[] = {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
-    static const char *const texts[] = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
-        "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "< EOT >", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<eos>",
-        ("<\xef\xbd\x9c" "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>")};
-    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
-        int32_t id = tok_special_id(t, g, keys[i]);
-        if (id >= 0) t->entry[id].ends = 1;
-    }
-    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
-        int32_t id = tok_find(t, str_of(texts[i]));
-        if (id >= 0 && (t->entry[id].type == TOK_CONTROL || t->entry[id].type == TOK_USER)) t->entry[id].ends = 1;
-    }
+/* Tokens with a part to play: the file's keys say which, or else the first of the well-known texts that is in the vocabulary. */
+#define TOK_FW "\xef\xbd\x9c" /* the wide bar of DeepSeek's tokens */
+#define TOK_LOW "\xe2\x96\x81" /* SentencePiece's space */
+static const struct {
+    const char *keys, *texts; /* separated by spaces */
+    int ends;
+} tok_roles[] = {
+    {"eot", "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|> <EOT> _<EOT> [EOT] <" TOK_FW "end" TOK_LOW "of" TOK_LOW "sentence" TOK_FW "> "
+     "<end_of_utterance>", 1},
+    {"eom", "<|eom_id|>", 1},
+    {"fim_pre prefix", "<|fim_prefix|> <fim-prefix> <fim_prefix> <" TOK_FW "fim" TOK_LOW "begin" TOK_FW "> <PRE> " TOK_LOW "<PRE> <|code_prefix|> <|prefix|>", 0},
+    {"fim_suf suffix", "<|fim_suffix|> <fim-suffix> <fim_suffix> <" TOK_FW "fim" TOK_LOW "hole" TOK_FW "> <SUF> " TOK_LOW "<SUF> <|code_suffix|> <|suffix|>", 0},
+    {"fim_mid middle", "<|fim_middle|> <fim-middle> <fim_middle> <" TOK_FW "fim" TOK_LOW "end" TOK_FW "> <MID> " TOK_LOW "<MID> <|code_middle|> <|middle|>", 0},
+    {"fim_pad", "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]", 1},
+    {"fim_rep", "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>", 1},
+    {"fim_sep", "<|file_sep|>", 1},
+};
+/* Every token with one of these texts ends a generation. */
+static const char tok_end_texts[] = "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> "
+    "[EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <" TOK_FW "end" TOK_LOW "of" TOK_LOW "sentence" TOK_FW "> [e~[";
+/* These control tokens shape the answers of gpt-oss: a client needs them to tell channels apart. */
+static const char tok_shown_texts[] = "<|channel|> <|message|> <|start|> <|constrain|>";
+
+static int32_t tok_next_of(const tok *t, const char **list, int *more) { /* the token of the next text of a list, or -1 */
+    size_t n = strcspn(*list, " ");
+    *more = n > 0;
+    int32_t id = n ? tok_find(t, str_make(*list, n)) : -1;
+    *list += n + ((*list)[n] == ' ');
+    return id;
 }
 
-typedef struct { /* for sorting ids by the length of their texts */
+static void tok_mark_role(tok *t, const gguf_file *g, const char *keys, const char *texts, int ends) {
+    int32_t id = -1;
+    char key[64];
+    for (size_t n; id < 0 && (n = strcspn(keys, " ")) > 0; keys += n + (keys[n] == ' ')) {
+        snprintf(key, sizeof key, "tokenizer.ggml.%.*s_token_id", (int)n, keys);
+        id = tok_special_id(t, g, key);
+    }
+    for (int more = id < 0; more && id < 0;)
+        if ((id = tok_next_of(t, &texts, &more)) >= 0) t->entry[id].type = TOK_CONTROL;
+    if (id >= 0 && ends) t->entry[id].ends = 1;
+}
+
+/* Finds what llama.cpp takes for end-of-generation tokens. Those that look like control tokens become some, whatever the file calls them. */
+static void tok_mark_ends(tok *t, const gguf_file *g) {
+    const char *list = tok_end_texts;
+    for (size_t i = 0; i < sizeof tok_roles / sizeof *tok_roles; i++) tok_mark_role(t, g, tok_roles[i].keys, tok_roles[i].texts, tok_roles[i].ends);
+    if (t->eos >= 0) t->entry[t->eos].ends = 1;
+    for (int more = 1; more;) {
+        int32_t id = tok_next_of(t, &list, &more);
+        if (id >= 0) t->entry[id].ends = 1, t->entry[id].type = TOK_CONTROL;
+    }
+    list = tok_shown_texts;
+    for (int more = 1; more;) {
+        int32_t id = tok_next_of(t, &list, &more);
+        if (id >= 0) t->entry[id].shown = 1, t->entry[id].type = TOK_CONTROL;
+    }
+    int32_t end = tok_find(t, str_of("<|end|>")), s = tok_find(t, str_of("</s>"));
+    int call = tok_find(t, str_of("<|call|>")) >= 0, calls = call || tok_find(t, str_of("<|calls|>")) >= 0;
+    if (end >= 0 && calls && (tok_find(t, str_of("<|return|>")) >= 0 || tok_find(t, str_of("<|flush|>")) >= 0))
+        t->entry[end].ends = 0, t->entry[end].shown = 1; /* in harmony it ends a message, not the turn */
+    if (s >= 0 && tok_find(t, str_of("<|tool_response>")) >= 0) t->entry[s].ends = 0, t->entry[s].type = TOK_NORMAL; /* gemma 4's </s> is HTML */
+}
+
+typedef struct { /* for sorting tokens by their texts */
     int32_t id;
-    size_t len;
-} tok_by_length;
+    str text;
+} tok_text_of;
 static int tok_longer_first(const void *a, const void *b) {
-    const tok_by_length *x = a, *y = b;
-    if (x->len != y->len) return x->len > y->len ? -1 : 1;
+    const tok_text_of *x = a, *y = b;
+    if (x->text.len != y->text.len) return x->text.len > y->text.len ? -1 : 1;
     return (x->id > y->id) - (x->id < y->id);
 }
+static int tok_by_bytes(const void *a, const void *b) { /* a text before those that it begins */
+    const tok_text_of *x = a, *y = b;
+    int order = memcmp(x->text.ptr, y->text.ptr, x->text.len < y->text.len ? x->text.len : y->text.len);
+    return order ? order : (x->text.len > y->text.len) - (x->text.len < y->text.len);
+}
+
+static int tok_is_special(const tok_entry *e) { return (e->type == TOK_CONTROL || e->type == TOK_USER || e->type == TOK_UNKNOWN) && e->text.len; }
 
 static int tok_collect_special(tok *t) {
-    int n = 0;
-    for (int i = 0; i < t->n; i++) {
-        int type = t->entry[i].type;
-        n += (type == TOK_CONTROL || type == TOK_USER || type == TOK_UNKNOWN) && t->entry[i].text.len;
-    }
-    tok_by_length *sort = sys_zalloc((size_t)n, sizeof *sort);
-    t->special = sys_zalloc((size_t)n, sizeof *t->special);
-    if (!sort || !t->special) return free(sort), 0;
-    for (int i = 0; i < t->n; i++) {
-        int type = t->entry[i].type;
-        if ((type == TOK_CONTROL || type == TOK_USER || type == TOK_UNKNOWN) && t->entry[i].text.len)
-            sort[t->n_special].id = i, sort[t->n_special++].len = t->entry[i].text.len;
-    }
-    qsort(sort, (size_t)n, sizeof *sort, tok_longer_first);
-    for (int i = 0; i < n; i++) t->special[i] = sort[i].id;
+    for (int i = 0; i < t->n; i++) t->n_special += tok_is_special(&t->entry[i]);
+    size_t n = (size_t)t->n_special;
+    tok_text_of *sort = sys_zalloc(n, sizeof *sort);
+    t->special = sys_zalloc(n, sizeof *t->special);
+    t->spelled = sys_zalloc(n, sizeof *t->spelled);
+    if (!sort || !t->special || !t->spelled) return free(sort), 0;
+    for (int i = 0, k = 0; i < t->n; i++)
+        if (tok_is_special(&t->entry[i])) sort[k].id = i, sort[k++].text = t->entry[i].text;
+    qsort(sort, n, sizeof *sort, tok_longer_first);
+    for (size_t i = 0; i < n; i++) t->special[i] = sort[i].id, sort[i].id = (int32_t)i;
+    qsort(sort, n, sizeof *sort, tok_by_bytes);
+    for (size_t i = 0; i < n; i++) t->spelled[i] = sort[i].id, t->spelled_from[(unsigned char)sort[i].text.ptr[0] + 1]++;
+    for (int b = 0; b < 256; b++) t->spelled_from[b + 1] += t->spelled_from[b];
     free(sort);
     return 1;
 }
 
+/* Phi-3's tokens swallow white space after them; files do not say so, but for the model's name. */
+static void tok_mark_rstrip(tok *t, str model_name) {
+    int phi3 = 0;
+    for (size_t i = 0; i + 4 <= model_name.len; i++)
+        phi3 |= str_ieq(str_make(model_name.ptr + i, 4), "phi3") || (i + 5 <= model_name.len && str_ieq(str_make(model_name.ptr + i, 5), "phi-3"));
+    for (int s = 0; s < t->n_special && phi3; s++) {
+        tok_entry *e = &t->entry[t->special[s]];
+        e->rstrip = !str_is(e->text, "<unk>") && !str_is(e->text, "<s>") && !str_is(e->text, "<|endoftext|>");
+    }
+}
+
 static void tok_free(tok *t) {
     if (!t) return;
-    free(t->entry), free(t->table), free(t->merge), free(t->merge_table), free(t->special), free(t->end);
+    free(t->entry), free(t->table), free(t->merge), free(t->merge_table), free(t->special), free(t->spelled), free(t->end);
     free(t);
+}
+
+/* What the other tokenizers are, for the message that refuses them. */
+static const struct { const char *model, *what; } tok_other[] = {
+    {"bert", "WordPiece"}, {"t5", "Unigram"}, {"rwkv", "a greedy trie"}, {"plamo2", "Unigram by suffixes"}, {"gemma4", "BPE without words or bytes"},
+    {"whitespace", "BPE without bytes"}, {"hybriddna", "BPE with k-mers"}, {"none", "no vocabulary"}, {"no_vocab", "no vocabulary"},
+};
+
+static int tok_load_kind(tok *t, const gguf_file *g, char *err, size_t cap) {
+    str model = gguf_get_str(g, "tokenizer.ggml.model");
+    const char *what = "unknown";
+    char shown[96];
+    if (str_is(model, "llama")) return t->kind = TOK_SPM, t->name = "gguf-spm", 1;
+    if (str_is(model, "gpt2")) return t->kind = TOK_BPE, t->name = "gguf-bpe", 1;
+    for (size_t i = 0; i < sizeof tok_other / sizeof *tok_other; i++)
+        if (str_is(model, tok_other[i].model)) what = tok_other[i].what;
+    return sys_fail(err, cap, "%s: tokenizer '%s' (%s) is not supported; supported: llama (SentencePiece), gpt2 (byte-level BPE)", g->path,
+                    gguf_show(model, shown), what);
+}
+
+/* BOS, EOS and the unknown token, with what a file without the keys means. */
+static void tok_load_ids(tok *t, const gguf_file *g) {
+    int spm = t->kind == TOK_SPM, fallback = t->n > 11 && t->entry[11].type == TOK_CONTROL ? 11 : -1; /* Falcon's <|endoftext|> */
+    t->bos = tok_special_id(t, g, "tokenizer.ggml.bos_token_id");
+    t->eos = tok_special_id(t, g, "tokenizer.ggml.eos_token_id");
+    t->unk = tok_special_id(t, g, "tokenizer.ggml.unknown_token_id");
+    if (t->bos < 0) t->bos = !spm ? fallback : t->n > 1 ? 1 : -1;
+    if (t->eos < 0) t->eos = !spm ? fallback : t->n > 2 ? 2 : -1;
+    if (spm && t->unk < 0) t->unk = 0;
+    t->add_bos = gguf_get_bool(g, "tokenizer.ggml.add_bos_token", spm || t->pre->add_bos);
+    t->add_eos = gguf_get_bool(g, "tokenizer.ggml.add_eos_token", 0);
+    t->add_space_prefix = gguf_get_bool(g, "tokenizer.ggml.add_space_prefix", spm);
 }
 
 /* Reads the vocabulary. `pre` overrides tokenizer.ggml.pre ("" or NULL: does not). NULL with err set. */
 static tok *tok_load(const gguf_file *g, const char *pre, char *err, size_t cap) {
-    str model = gguf_get_str(g, "tokenizer.ggml.model");
-    char shown[96];
     tok *t = sys_zalloc(1, sizeof *t);
     if (!t) return sys_fail(err, cap, "out of memory"), NULL;
-    int ok = 1;
-    if (str_is(model, "llama")) t->kind = TOK_SPM, t->name = "gguf-spm";
-    else if (str_is(model, "gpt2")) t->kind = TOK_BPE, t->name = "gguf-bpe";
-    else ok = sys_fail(err, cap, "%s: tokenizer '%s' is not supported; supported: llama, gpt2", g->path, gguf_show(model, shown));
-    ok = ok && tok_load_texts(t, g, err, cap);
+    int ok = tok_load_kind(t, g, err, cap) && tok_load_texts(t, g, err, cap);
     if (ok && t->kind == TOK_BPE) ok = tok_load_merges(t, g, err, cap) && tok_load_pre(t, g, pre, err, cap);
-    if (ok && !tok_collect_special(t)) ok = sys_fail(err, cap, "out of memory");
     if (!ok) return tok_free(t), NULL;
     tok_init_bytes(t);
-    int spm = t->kind == TOK_SPM;
-    t->bos = tok_special_id(t, g, "tokenizer.ggml.bos_token_id");
-    t->eos = tok_special_id(t, g, "tokenizer.ggml.eos_token_id");
-    t->unk = tok_special_id(t, g, "tokenizer.ggml.unknown_token_id");
-    if (spm && t->bos < 0 && t->n > 2) t->bos = 1; /* SentencePiece's own defaults */
-    if (spm && t->eos < 0 && t->n > 2) t->eos = 2, t->entry[2].ends = 1;
-    if (spm && t->unk < 0) t->unk = 0;
-    t->add_bos = gguf_get_bool(g, "tokenizer.ggml.add_bos_token", spm || t->pre->add_bos);
-    t->add_space_prefix = gguf_get_bool(g, "tokenizer.ggml.add_space_prefix", spm);
+    tok_load_ids(t, g);
     tok_mark_ends(t, g);
     for (int i = 0; i < t->n; i++) t->n_end += t->entry[i].ends;
     t->end = sys_zalloc((size_t)t->n_end, sizeof *t->end);
-    if (!t->end) return sys_fail(err, cap, "out of memory"), tok_free(t), NULL;
+    if (!t->end || !tok_collect_special(t)) return sys_fail(err, cap, "out of memory"), tok_free(t), NULL;
+    tok_mark_rstrip(t, gguf_get_str(g, "general.name"));
     for (int i = 0, n = 0; i < t->n; i++)
         if (t->entry[i].ends) t->end[n++] = i;
     return t;

@@ -105,7 +105,7 @@ lorch *lorch_load(const char *path, const lorch_options *options, char error[LOR
 void lorch_free(lorch *l);
 
 /* Token ids of a text of len bytes: writes up to cap of them to ids and returns how many there are (which
- * may be more than cap), or -1 if the text is not UTF-8 or memory ran out. add_bos: begin as a prompt does.
+ * may be more than cap), or -1 if the text is not UTF-8 or memory ran out. add_bos: begin (and end) as a prompt does.
  * special: read control tokens as such. */
 int lorch_tokenize(const lorch *l, const char *text, size_t len, int add_bos, int special, int32_t *ids, int cap);
 

@@ -229,6 +229,9 @@ static const struct made_case {
     {"three digits in default", {"tokenizer=bpe", "pre=default"}, NULL, "1234", "257 52"},
     {"three digits in llama-bpe", {"tokenizer=bpe", "pre=llama-bpe"}, NULL, "1234", "257 52"},
     {"digits one by one in qwen2", {"tokenizer=bpe", "pre=qwen2"}, NULL, "1234", "49 50 51 52"},
+    {"digits from the right in superbpe", {"tokenizer=bpe", "pre=superbpe"}, NULL, "1234", "49 50 51 52"},
+    {"a file that names no pre-tokenizer has the default", {"tokenizer=bpe", "kv:tokenizer.ggml.pre=none"}, NULL, "1234", "257 52"},
+    {"EOS where the file says so, but not where BOS is unwanted", {"vocab=333", "kv:tokenizer.ggml.add_eos_token=bool:1"}, NULL, "e", "259 260"},
 };
 
 static void test_made(const struct made_case *c) {
@@ -250,14 +253,41 @@ static void test_made(const struct made_case *c) {
     run_free(&r);
 }
 
+/* A tokenizer or pre-tokenizer that lorch does not know is refused by name; --pre chooses another pre-tokenizer. */
+static void test_refused(void) {
+    static const struct { const char *name, *make[3], *pre, *says; } rows[] = {
+        {"an unknown pre-tokenizer", {"tokenizer=bpe", "pre=of-tomorrow"}, NULL, "'of-tomorrow' is not supported"},
+        {"one that is not byte-level", {"tokenizer=bpe", "pre=gemma4"}, NULL, "'gemma4' is not supported"},
+        {"an unknown pre-tokenizer in --pre", {"tokenizer=bpe"}, "of-today", "'of-today' is not supported"},
+        {"another by --pre", {"tokenizer=bpe", "pre=of-tomorrow"}, "qwen2", NULL},
+        {"WordPiece", {"kv:tokenizer.ggml.model=str:bert"}, NULL, "'bert' (WordPiece)"},
+        {"Unigram", {"kv:tokenizer.ggml.model=str:t5"}, NULL, "'t5' (Unigram)"},
+        {"an unknown tokenizer", {"kv:tokenizer.ggml.model=str:abacus"}, NULL, "'abacus' (unknown)"},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        char name[200], path[300];
+        snprintf(name, sizeof name, "what is unknown is refused by name: %s", rows[i].name);
+        if (!wanted(name)) continue;
+        snprintf(path, sizeof path, "%s", scratch("model.gguf"));
+        const char *make[8] = {"llama", "f32", path, "vocab_only=1"}, *args[] = {"tokenize", path, rows[i].pre ? "--pre" : NULL, rows[i].pre, NULL};
+        int n = 4;
+        for (int k = 0; rows[i].make[k]; k++) make[n++] = rows[i].make[k];
+        int failed = mkmodel_write(n, make);
+        run_result r = run_input("e", 1, args);
+        int ok = !failed && (rows[i].says ? r.status == 1 && strstr(r.err, rows[i].says) && strchr(r.err, '\n') == r.err + strlen(r.err) - 1 : r.status == 0);
+        report(ok, name, "exit status %d: %s", r.status, r.err);
+        run_free(&r);
+    }
+}
+
 /* ==== Time =================================================================================== */
 
 /* A run of one letter is the worst case of a merge that looks for the best pair each time; in
  * O(n log n) a megabyte takes about a second even under sanitizers. */
-static void test_time(const char *tokenizer) {
+static void test_time(const char *tokenizer, const char *what, const char *unit) {
     enum { LONG = 1 << 20, LIMIT_S = 20 };
     char name[200], path[300], option[40];
-    snprintf(name, sizeof name, "a megabyte of one letter takes no square time: %s", tokenizer);
+    snprintf(name, sizeof name, "a megabyte of %s takes no square time: %s", what, tokenizer);
     if (!wanted(name)) return;
     snprintf(path, sizeof path, "%s", scratch("model.gguf"));
     snprintf(option, sizeof option, "tokenizer=%s", tokenizer);
@@ -265,8 +295,9 @@ static void test_time(const char *tokenizer) {
     int failed = mkmodel_write(6, args);
     char *text = malloc(LONG);
     if (!text) perror("malloc"), exit(1);
-    memset(text, 'e', LONG);
-    run_result r = tokenize(path, text, LONG, NULL);
+    size_t n = 0;
+    for (; n + strlen(unit) <= LONG; n += strlen(unit)) memcpy(text + n, unit, strlen(unit));
+    run_result r = tokenize(path, text, n, NULL);
     report(!failed && r.status == 0 && r.out_len > 1000 && r.seconds < LIMIT_S, name,
            "%.2f seconds, exit status %d", r.seconds, r.status);
     run_free(&r);
@@ -279,7 +310,10 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < sizeof made_cases / sizeof *made_cases; i++) test_made(&made_cases[i]);
     for (size_t i = 0; i < sizeof vocabs / sizeof *vocabs; i++) test_known(vocabs[i]);
     for (size_t i = 0; i < sizeof back_cases / sizeof *back_cases; i++) test_back(&back_cases[i]);
-    test_time("spm");
-    test_time("bpe");
+    test_refused();
+    test_time("spm", "one letter", "e");
+    test_time("bpe", "one letter", "e");
+    test_time("spm", "spaces", " ");
+    test_time("bpe", "emoji", "\xF0\x9F\x98\x80");
     return finish();
 }

@@ -234,30 +234,43 @@ test_arm64() {
     equal "arm64: the same story" "$(story $arm)" "$(story "$LORCH")"
 }
 
-# llama.cpp's library comes with an npm package, which goes into a directory of its own outside the repository.
-peer_library() { # NAME: sets $libraries, a directory
-    need "$1" npm && full "$1" || return
+# llama.cpp's libraries come with an npm package, which goes into a directory of its own outside the repository. Sets $bins.
+npm_library() { # NAME: says what is missing
     case $(uname -sm) in "Linux x86_64") arch=linux-x64 ;; "Linux aarch64") arch=linux-arm64 ;; *) skip "$1" "no package for $(uname -sm)"; return 1 ;; esac
     npm=${LORCH_BENCH_NPM:-${TMPDIR:-/tmp}/lorch-bench-npm}
-    libraries=$npm/node_modules/@node-llama-cpp/$arch/bins/$arch
-    if [ ! -e "$libraries/libggml-base.so" ]; then
-        mkdir -p "$npm" && (cd "$npm" && npm install --no-save --no-audit --no-fund "@node-llama-cpp/$arch" >npm.log 2>&1)
-    fi
-    [ -e "$libraries/libggml-base.so" ] || { fail "$1" "npm install: $(tail -n 3 "$npm/npm.log")"; return 1; }
+    bins=$npm/node_modules/@node-llama-cpp/$arch/bins/$arch
+    [ -d "$bins" ] && return
+    need "$1" npm && full "$1" || return 1
+    mkdir -p "$npm" && (cd "$npm" && npm install --no-save --no-audit --no-fund "@node-llama-cpp/$arch" >npm.log 2>&1)
+    [ -d "$bins" ] || { fail "$1" "npm install: $(tail -n 3 "$npm/npm.log")"; return 1; }
 }
 
 test_ggml() {
     name='the values of all formats are llama.cpp'"'"'s'
-    peer_library "$name" || return
+    full "$name" && npm_library "$name" || return
     out=$(cc -std=gnu99 -O1 -w tests/ggml.c -o $W/ggml -ldl -lpthread -lm 2>&1) || { fail "$name" "$out"; return; }
-    $W/ggml "$libraries/libggml-base.so" || status=1
+    $W/ggml "$bins/libggml-base.so" || status=1
 }
 
 test_quality() {
     name='quantised models are as true to their weights as llama.cpp'"'"'s'
-    peer_library "$name" || return
+    full "$name" && npm_library "$name" || return
     out=$(cc -std=gnu99 -O1 -w tests/quality.c -o $W/quality -ldl -lm 2>&1) || { fail "$name" "$out"; return; }
-    $W/quality "$libraries" || status=1
+    $W/quality "$bins" || status=1
+}
+
+# With LORCH_TEST_FULL two or three minutes, else seconds. See tests/tokfuzz.c for what the settings mean.
+test_tokens() {
+    name='tokens are llama.cpp'"'"'s'
+    npm_library "$name" || return
+    out=$(cc -std=gnu99 -O2 -w tests/tokfuzz.c -o $W/tokfuzz -ldl -lpthread -lm 2>&1) || { fail "$name" "$out"; return; }
+    if [ -z "${LORCH_TEST_FULL:-}" ]; then
+        LORCH_FUZZ_TEXTS=${LORCH_FUZZ_TEXTS:-300} LORCH_FUZZ_TEXTS_PRE=${LORCH_FUZZ_TEXTS_PRE:-0} LORCH_FUZZ_MADE=${LORCH_FUZZ_MADE:-40}
+        export LORCH_FUZZ_TEXTS LORCH_FUZZ_TEXTS_PRE LORCH_FUZZ_MADE
+    fi
+    set -- $MODEL
+    if [ -n "${LORCH_SHARED:-}" ]; then set -- "$@" "$LORCH_SHARED"/testdata/vocab/*.gguf "$LORCH_SHARED"/testdata/models/*.gguf; fi
+    $W/tokfuzz "$bins" $W "$@" || status=1
 }
 
 test_install() {
@@ -277,5 +290,6 @@ wanted i386 && test_i386
 wanted arm64 && test_arm64
 wanted ggml && test_ggml
 wanted quality && test_quality
+wanted tokens && test_tokens
 wanted install && test_install
 exit $status

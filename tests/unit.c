@@ -711,7 +711,7 @@ static const char *cut(const char *pre, const char *text) {
     at[w.n] = (uint32_t)len;
     int n = w.n > 0, side = 0;
     spans[0][0].from = 0, spans[0][0].to = w.n;
-    for (int s = 0; s < t.n_stages; s++, side = !side) n = tok_cut(&t.stage[s], &w, spans[side], n, spans[!side]);
+    for (int s = 0; s < t.rules.n_stages; s++, side = !side) n = tok_cut(&t.rules, s, &w, spans[side], n, spans[!side]);
     for (int i = 0; i < n; i++) {
         if (i) out[n_out++] = '|';
         for (uint32_t k = at[spans[side][i].from]; k < at[spans[side][i].to]; k++) out[n_out++] = text[k];
@@ -722,7 +722,8 @@ static const char *cut(const char *pre, const char *text) {
 
 static void test_pre_tokenizers(void) {
     static const struct { const char *pre, *text, *pieces; } rows[] = {
-        /* as Python's regex module cuts them with the tokenizers' published patterns */
+        /* as Python's regex module cuts them with the tokenizers' published patterns; where there are several, each cuts the pieces of the
+         * one before, so that a later one may cut what an earlier one has matched */
         {"gpt-2", "Hello world's 123  x\n\ny", "Hello| world|'s| 123| | x|\n|\n|y"},
         {"gpt-2", "we'll I'M don't", "we|'ll| I|'|M| don|'t"},
         {"gpt-2", "a\xc3\xa9\xc3\xa9 \xe4\xb8\xad\xe6\x96\x87!?", "a\xc3\xa9\xc3\xa9| \xe4\xb8\xad\xe6\x96\x87|!?"},
@@ -735,10 +736,169 @@ static void test_pre_tokenizers(void) {
         {"qwen2", "foo  \n bar", "foo|  \n| bar"},
         {"llama3", "12345", "123|45"},
         {"default", "a1234b, c", "a|123|4|b|,| c"},
+        {"default", "$+<=>^~|", "$+<=>^~|"},
+        {"gpt-4o", "iPhoneX's HTTPServer 12345", "i|Phone|X's| HTTPServer| |123|45"},
+        {"gpt-4o", "\xd0\x9f\xd1\x80\xd0\x98 a/\n/b", "\xd0\x9f\xd1\x80\xd0\x98| a|/\n/|b"},
+        {"tekken", "iPhoneX's 123", "i|Phone|X|'s| |1|2|3"},
+        {"qwen35", "e\xcc\x81t 12", "e\xcc\x81t| |1|2"},
+        {"qwen2", "e\xcc\x81t 12", "e|\xcc\x81t| |1|2"},
+        {"laguna", "a \n\n b", "a| |\n\n| b"},
+        {"ufakzeka", "it's", "it|'s"},
+        {"minicpm5", "a 12345", "a| |123|45"},
+        {"smollm", "a12 b", "a|1|2| b"},
+        {"falcon", "a`b 1234", "a|`|b| |123|4"},
+        {"seed-coder", "a.\n\nb", "a|.|\n\n|b"},
+        {"bailingmoe", "a.\n\nb'LL", "a|.\n\n|b|'LL"},
+        {"exaone-moe", "new york e\xcc\x81t  x", "new york e\xcc\x81t| | x"},
+        {"deepseek-llm", "Hello w\xc3\xb6rld\xe4\xb8\xad\xe6\x96\x87" "123 !!\n  ", "Hello| w|\xc3\xb6|rld|\xe4\xb8\xad\xe6\x96\x87|123| !!|\n|  "},
+        {"deepseek-llm", "\xe3\x80\x80,", "\xe3\x80\x80,"},
+        {"deepseek-coder", "a b,\n12", "a| b|,|\n|1|2"},
+        {"deepseek-v3", "x.y 1234\xe4\xb8\xad\xe3\x81\x8b" "b?!\n", "x|.y| |123|4|\xe4\xb8\xad\xe3\x81\x8b|b|?!\n"},
+        {"spark2_5", "?!\n", "?!|\n"},
+        {"youtu", "\xed\x95\x9c\xea\xb5\xad\xe4\xb8\xad" "a12", "\xed\x95\x9c\xea\xb5\xad|\xe4\xb8\xad|a|1|2"},
+        {"kimi-k2", "\xe4\xb8\xad\xe6\x96\x87" "a's\xe4\xb8\xad 1234", "\xe4\xb8\xad\xe6\x96\x87|a's|\xe4\xb8\xad| |123|4"},
+        {"superbpe", "ab 1234567.89 x", "ab |1|234|567|.|89| x"},
+        {"superbpe", "\xc2\xbd" "12345", "\xc2\xbd" "12|345"},
+        {"afmoe", "ab1234567", "ab|1|234|567"},
+        {"tiny_aya", "a 12345", "a| |12|345"},
+        {"viking", "Hei, maa 12!", "Hei|,| maa| |1|2|!"},
+        {"poro-chat", "Hei, maa 12!", "Hei|,| maa| 12|!"},
+        {"jais-2", "a       b", "a|    |  | b"},
+        {"chameleon", "<sentinel:12>IMGIMGABZ  a.b", "<|sentinel|:|1|2|>|IMGIMGABZ|  |a|.|b"},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         const char *got = cut(rows[i].pre, rows[i].text);
         CHECK(!strcmp(got, rows[i].pieces), "%s, \"%s\": %s, not %s", rows[i].pre, rows[i].text, got, rows[i].pieces);
+    }
+}
+
+static void test_pre_names(void) {
+    static char readme[1 << 16];
+    FILE *f = fopen("README.md", "rb");
+    size_t len = f ? fread(readme, 1, sizeof readme - 1, f) : 0;
+    CHECK(len > 0 && len < sizeof readme - 1, "README.md has %zu bytes", len);
+    if (f) fclose(f);
+    for (size_t i = 0; i < sizeof tok_pres / sizeof *tok_pres; i++)
+        for (const char *p = tok_pres[i].names; *p;) {
+            char name[64];
+            size_t n = strcspn(p, " ");
+            snprintf(name, sizeof name, "`%.*s`", (int)n, p);
+            CHECK(strstr(readme, name), "README.md does not list the pre-tokenizer %s", name);
+            p += n + (p[n] == ' ');
+        }
+}
+
+/* The table of pre-tokenizers fits the limits of tok_rules; a set's ranges ascend and do not overlap, as its search expects. */
+static void test_pattern_limits(void) {
+    static tok_rules r;
+    for (size_t i = 0; i < sizeof tok_pres / sizeof *tok_pres; i++) {
+        const char *names = tok_pres[i].names;
+        tok_parse_rules(&tok_pres[i], &r);
+        CHECK(r.n_alts < TOK_ALTS && r.n_items < TOK_ITEMS && r.n_ranges < TOK_RANGES, "%s: %d, %d, %d", names, r.n_alts, r.n_items, r.n_ranges);
+        CHECK(r.n_stages == TOK_STAGES || !tok_pres[i].stage[r.n_stages], "%s has more stages than fit", names);
+        for (int k = 0; k < r.n_alts; k++) {
+            int depth = 0;
+            for (int item = r.alt[k].item; item >= 0; item = r.item[item].next) depth++;
+            CHECK(depth >= 1 && depth <= TOK_DEPTH, "%s: alternative %d has %d items", names, k, depth);
+        }
+        for (int k = 0; k < r.n_items; k++) {
+            const tok_set *set = &r.item[k].set;
+            for (int j = set->first; j < set->first + set->n + set->n_minus; j++) {
+                CHECK(r.lo[j] <= r.hi[j], "%s: a range from %x to %x", names, (unsigned)r.lo[j], (unsigned)r.hi[j]);
+                if (j > set->first && j != set->first + set->n)
+                    CHECK(r.lo[j] > r.hi[j - 1], "%s: %x follows %x", names, (unsigned)r.lo[j], (unsigned)r.hi[j - 1]);
+            }
+        }
+        for (size_t k = 0; k < i; k++)
+            for (const char *p = names; *p;) {
+                char name[64];
+                size_t n = strcspn(p, " ");
+                snprintf(name, sizeof name, " %.*s ", (int)n, p);
+                char other[512];
+                snprintf(other, sizeof other, " %s ", tok_pres[k].names);
+                CHECK(!strstr(other, name), "%s stands twice", name);
+                p += n + (p[n] == ' ');
+            }
+    }
+}
+
+/* No pattern takes square time on any text: 65,536 characters take milliseconds, or else half a minute. */
+static void test_pattern_time(void) {
+    enum { LONG = 65536 };
+    static const struct { const char *name; uint32_t unit[4], last; } texts[] = {
+        {"capitals", {'A'}, '1'}, {"spaces before a digit", {' '}, '1'}, {"digits", {'7'}, 'x'}, {"CJK", {0x4e2d}, ' '}, {"apostrophes", {'\''}, 's'},
+        {"letters and spaces", {'a', ' '}, ' '}, {"marks", {0x301}, 'a'}, {"lines", {' ', '\n'}, '.'}, {"emoji", {0x1f600}, ' '}};
+    static uint32_t cp[LONG], at[LONG + 1];
+    static unsigned char category[LONG];
+    static tok_span spans[2][LONG];
+    static tok_rules r;
+    for (size_t k = 0; k < sizeof texts / sizeof *texts; k++) {
+        tok_text w = {cp, category, at, LONG};
+        for (int i = 0; i < LONG; i++) {
+            int n = 1;
+            while (texts[k].unit[n]) n++;
+            cp[i] = i == LONG - 1 ? texts[k].last : texts[k].unit[i % n], category[i] = (unsigned char)unicode_category(cp[i]), at[i] = (uint32_t)i;
+        }
+        for (size_t i = 0; i < sizeof tok_pres / sizeof *tok_pres; i++) {
+            int n = 1, side = 0;
+            double start = sys_now();
+            tok_parse_rules(&tok_pres[i], &r);
+            spans[0][0].from = 0, spans[0][0].to = LONG;
+            for (int s = 0; s < r.n_stages; s++, side = !side) n = tok_cut(&r, s, &w, spans[side], n, spans[!side]);
+            CHECK(sys_now() - start < 2, "%s, %s: %.2f s", tok_pres[i].names, texts[k].name, sys_now() - start);
+            CHECK(spans[side][0].from == 0 && spans[side][n - 1].to == LONG, "%s, %s: the pieces are not the whole", tok_pres[i].names, texts[k].name);
+            for (int j = 1; j < n; j++)
+                if (spans[side][j].from != spans[side][j - 1].to) CHECK(0, "%s, %s: a gap at %d", tok_pres[i].names, texts[k].name, spans[side][j].from);
+        }
+    }
+}
+
+/* Texts that are tokens of a vocabulary, "+" for those of type normal; the tokens that end a generation; those that are shown. */
+static void test_end_tokens(void) {
+    static const struct { const char *texts, *ends, *shown; int key; } rows[] = {
+        {"a b", "", "", -1},
+        {"a b", "b", "", 1},
+        {"a </s> <s>", "</s>", "", -1},
+        {"<|begin_of_text|> <|end_of_text|> <|eom_id|> <|eot_id|> <|start_header_id|>", "<|end_of_text|> <|eom_id|> <|eot_id|>", "", -1},
+        {"<|endoftext|> <|im_start|> +<|im_end|>", "<|endoftext|> +<|im_end|>", "", 0},
+        {"<|im_end|> <|fim_prefix|> <|fim_middle|> <|fim_pad|> <|repo_name|> <|file_sep|>", "<|im_end|> <|fim_pad|> <|repo_name|> <|file_sep|>", "", -1},
+        {"<bos> <eos> <start_of_turn> <end_of_turn>", "<eos> <end_of_turn>", "", -1},
+        {"<|user|> <|end|> <|assistant|> <|endoftext|>", "<|end|> <|endoftext|>", "", -1},
+        {"<|start|> <|end|> <|message|> <|channel|> <|constrain|> <|return|> <|call|>", "<|return|> <|call|>",
+         "<|start|> <|end|> <|message|> <|channel|> <|constrain|>", 5},
+        {"<|end|> <|flush|> <|calls|>", "<|flush|> <|calls|>", "<|end|>", -1},
+        {"<|end|> <|flush|>", "<|end|> <|flush|>", "", -1},
+        {"</s> <|tool_response> <turn|>", "<|tool_response> <turn|>", "", -1},
+        {"[EOT] [EOS] [PAD] [UNK]", "[EOT] [EOS] [PAD]", "", -1},
+        {"<fim_prefix> <fim_suffix> <fim_pad> <reponame> < EOT > EOT", "<fim_pad> <reponame>", "", -1},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        tok_entry entry[8];
+        uint32_t table[32] = {0};
+        tok t = {0};
+        gguf_file none = {0};
+        char ends[300] = "", shown[300] = "";
+        memset(entry, 0, sizeof entry);
+        t.entry = entry, t.table = table, t.table_mask = 31, t.eos = rows[i].key;
+        for (const char *p = rows[i].texts; *p; t.n++) {
+            size_t n = strcspn(p, " "), normal = *p == '+';
+            entry[t.n].text = str_make(p + normal, n - normal), entry[t.n].type = normal ? TOK_NORMAL : TOK_CONTROL;
+            uint64_t h = str_hash(entry[t.n].text) & t.table_mask;
+            while (table[h]) h = (h + 1) & t.table_mask;
+            table[h] = (uint32_t)t.n + 1;
+            p += n + (p[n] == ' ');
+        }
+        tok_mark_ends(&t, &none);
+        const char *p = rows[i].texts;
+        for (int id = 0; id < t.n; id++) {
+            size_t n = strcspn(p, " ");
+            if (entry[id].ends) snprintf(ends + strlen(ends), sizeof ends - strlen(ends), "%s%.*s", *ends ? " " : "", (int)n, p);
+            if (entry[id].shown) snprintf(shown + strlen(shown), sizeof shown - strlen(shown), "%s%.*s", *shown ? " " : "", (int)n, p);
+            if (entry[id].ends && id != rows[i].key) CHECK(entry[id].type == TOK_CONTROL, "%.*s ends a generation and is no control token", (int)n, p);
+            p += n + (p[n] == ' ');
+        }
+        CHECK(!strcmp(ends, rows[i].ends), "of %s end: %s", rows[i].texts, ends);
+        CHECK(!strcmp(shown, rows[i].shown), "of %s are shown: %s", rows[i].texts, shown);
     }
 }
 
@@ -775,6 +935,13 @@ static void test_token_pieces(void) {
         tok_ids ids = {0};
         CHECK(!tok_encode(t, str_of("a\xff"), 0, &ids), "text that is not UTF-8");
         CHECK(tok_encode(t, str_of(""), TOK_BOS, &ids) && ids.n == t->add_bos, "the empty text has %d ids", ids.n);
+        free(ids.id);
+        memset(&ids, 0, sizeof ids);
+        int32_t end = tok_find(t, str_of("<|im_end|>"));
+        t->add_eos = 1, tok_mark_rstrip(t, str_of("my PHI3 mini"));
+        CHECK(tok_encode(t, str_of("<|im_end|> \n<|im_end|>"), TOK_BOS | TOK_SPECIAL, &ids) && ids.n == t->add_bos + 3, "%d ids", ids.n);
+        CHECK(end >= 0 && ids.n > 2 && ids.id[t->add_bos] == end && ids.id[t->add_bos + 1] == end, "two ends, and the space between them is swallowed");
+        CHECK(ids.n > 0 && ids.id[ids.n - 1] == t->eos, "EOS where the file asks for it");
         free(ids.id);
         buf b = {0};
         tok_piece(t, -1, 1, &b), tok_piece(t, t->n, 1, &b);
@@ -1194,6 +1361,10 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     {"kernels: vectors equal the scalar level", test_kernel_vectors},
     {"threads: every item once", test_pool},
     {"tokenizers: pieces of words", test_pre_tokenizers},
+    {"tokenizers: README.md lists the pre-tokenizers", test_pre_names},
+    {"tokenizers: patterns fit", test_pattern_limits},
+    {"tokenizers: patterns take no square time", test_pattern_time},
+    {"tokenizers: ends of generations", test_end_tokens},
     {"tokenizers: there and back", test_token_pieces},
     {"kv: reserve and release", test_kv_pool},
     {"sampling: greedy, ties, penalties", test_sample_greedy},
