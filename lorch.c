@@ -57,6 +57,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <grp.h>
 #include <limits.h>
 #include <math.h>
 #include <netdb.h>
@@ -64,6 +65,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
+#include <pwd.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -115,6 +117,12 @@
 #endif
 #if defined __BYTE_ORDER__ && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "lorch maps little-endian model files in place and so needs a little-endian machine"
+#endif
+
+/* A program that embeds the engine uses neither server nor command line, nor what only they call. */
+#if defined LORCH_NO_MAIN && defined __GNUC__
+#pragma GCC diagnostic ignored "-Wunused-function"
+#pragma GCC diagnostic ignored "-Wunused-const-variable"
 #endif
 
 #define LORCH_INLINE static inline __attribute__((always_inline, unused))
@@ -225,7 +233,8 @@ static int sys_thread(pthread_t *id, void *(*fn)(void *), void *arg) {
     sigset_t all, old;
     if (pthread_attr_init(&attr)) return -1;
     pthread_attr_setstacksize(&attr, 1 << 20);
-    sigfillset(&all); /* signals are for the I/O thread alone */
+    sigfillset(&all); /* signals are for the I/O thread alone, but for a fault's: a blocked one would end the process */
+    sigdelset(&all, SIGBUS);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     int rc = pthread_create(id, &attr, fn, arg);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -249,6 +258,29 @@ static void sys_cond_wait(pthread_cond_t *c, pthread_mutex_t *m, double seconds)
     t.tv_sec += (time_t)until;
     t.tv_nsec = (long)((until - (double)(time_t)until) * 1e9);
     pthread_cond_timedwait(c, m, &t);
+}
+
+/* What is opened and read before the sandbox closes, for those who ask afterwards. Written by one thread (the
+ * starter) while no other looks. */
+static struct {
+    int closed;              /* no file can be opened any more */
+    int statm;               /* /proc/self/statm, or -1 */
+    const char *path;        /* the model file: opened as `file`, or -1 with the errno in `why` */
+    int file, why, writable;
+    uint64_t available, most_memory; /* most_memory: --max-memory; 0: no limit of its own */
+    int threads;
+    const char *threads_because;
+} sys_kept = {0, -1, NULL, -1, 0, 0, 0, 0, 0, ""};
+
+/* A descriptor of the file for reading, or -1 with errno; *writable: whether this process could write it. */
+static int sys_open(const char *path, int *writable) {
+    if (!sys_kept.path || strcmp(path, sys_kept.path)) {
+        *writable = access(path, W_OK) == 0;
+        return open(path, O_RDONLY | O_CLOEXEC);
+    }
+    int fd = sys_kept.file;
+    *writable = sys_kept.writable, sys_kept.path = NULL, sys_kept.file = -1, errno = sys_kept.why;
+    return fd;
 }
 
 /* ---- cgroups and limits: this process's group in /proc/self/cgroup, and all its ancestors ---- */
@@ -333,6 +365,7 @@ static int sys_physical_cores(const cpu_set_t *set) {
 /* The threads to use by default: the least of affinity mask, CPU quota and physical cores. */
 static int sys_default_threads(const char **reason) {
     cpu_set_t set;
+    if (sys_kept.closed) return *reason = sys_kept.threads_because, sys_kept.threads;
     int n = sys_affinity_count(&set), cores = sys_physical_cores(&set);
     double quota = 1e9;
     *reason = "CPU affinity";
@@ -381,6 +414,7 @@ static uint64_t sys_memory_total(void) {
 static uint64_t sys_memory_available(void) {
     char text[4096];
     double least = 1e18;
+    if (sys_kept.closed) return sys_kept.available;
     if (sys_read_file("/proc/meminfo", text, sizeof text) > 0) {
         const char *p = strstr(text, "MemAvailable:");
         if (p) least = strtod(p + 13, NULL) * 1024;
@@ -403,11 +437,160 @@ static sys_memory sys_memory_used(void) {
     unsigned long long total = 0, resident = 0, shared = 0;
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     sys_memory m = {0, 0};
-    if (sys_read_file("/proc/self/statm", text, sizeof text) > 0 &&
-        sscanf(text, "%llu %llu %llu", &total, &resident, &shared) == 3)
-        m.resident = resident * page, m.file_pages = shared * page;
+    ssize_t n = sys_kept.statm >= 0 ? pread(sys_kept.statm, text, sizeof text - 1, 0) : sys_read_file("/proc/self/statm", text, sizeof text);
+    text[n > 0 ? n : 0] = 0;
+    if (sscanf(text, "%llu %llu %llu", &total, &resident, &shared) == 3) m.resident = resident * page, m.file_pages = shared * page;
     return m;
 }
+
+static void sys_keep(void) { /* reads all that will be asked for, before the sandbox closes */
+    char now[32];
+    sys_kept.available = sys_memory_available();
+    sys_kept.threads = sys_default_threads(&sys_kept.threads_because);
+    sys_timestamp(now, 0); /* the C library looks for a time zone once */
+    sys_kept.closed = 1;
+}
+
+/* ---- the sandbox: what a worker that parses strangers' bytes gives up ----
+ * In three steps, each of which may be missing from the kernel: at once, no new privileges, no core files and
+ * no debugger; when the files are open, no file system and no network of its own (Landlock), and a list of
+ * system calls (seccomp) that lets nothing be opened or executed; when the model is loaded and the pool manager
+ * knows, no new threads and connections either. What is not on the list fails with EPERM; what only an
+ * attacker would ask for ends the process. */
+
+#ifdef __linux__
+enum { SYS_LANDLOCK_CREATE = 444, SYS_LANDLOCK_RULE = 445, SYS_LANDLOCK_RESTRICT = 446 }; /* the same on all machines; musl lacks names */
+
+static long sys_landlock_abi(void) { /* 0: the kernel has none */
+    long abi = syscall(SYS_LANDLOCK_CREATE, NULL, (size_t)0, 1u);
+    return abi > 0 ? abi : 0;
+}
+
+/* A set of rules that allows no file access at all, and TCP only to `port` (0: none). -1 where there is none. */
+static int sys_landlock_open(int port) {
+    struct { uint64_t files, net, scoped; } set = {0, 0, 0};
+    struct { uint64_t allowed, port; } rule = {2, (uint64_t)port}; /* 2: connect */
+    long abi = sys_landlock_abi();
+    if (!abi) return -1;
+    set.files = abi >= 5 ? 0xffff : abi >= 3 ? 0x7fff : abi >= 2 ? 0x3fff : 0x1fff;
+    if (abi >= 4) set.net = 3;     /* bind and connect */
+    if (abi >= 6) set.scoped = 3;  /* abstract sockets and signals */
+    int fd = (int)syscall(SYS_LANDLOCK_CREATE, &set, (size_t)(abi >= 6 ? 24 : abi >= 4 ? 16 : 8), 0u);
+    if (fd >= 0 && abi >= 4 && port) syscall(SYS_LANDLOCK_RULE, fd, 2, &rule, 0u);
+    return fd;
+}
+
+static int sys_landlock_enter(int fd) { return syscall(SYS_LANDLOCK_RESTRICT, fd, 0u) == 0; } /* this thread and those it starts */
+
+static int sys_harden(void) { /* at once, and for all threads to come */
+    struct rlimit none = {0, 0};
+    int ok = prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0;
+    prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+    setrlimit(RLIMIT_CORE, &none);
+    return ok;
+}
+#else
+static int sys_landlock_open(int port) { return (void)port, -1; }
+static int sys_landlock_enter(int fd) { return (void)fd, 0; }
+static long sys_landlock_abi(void) { return 0; }
+static int sys_harden(void) { return 0; }
+#endif
+
+#if defined __linux__ && defined __x86_64__ && !defined __ILP32__
+#define SYS_AUDIT_ARCH 0xc000003eu
+#elif defined __linux__ && defined __aarch64__
+#define SYS_AUDIT_ARCH 0xc00000b7u
+#else
+#define SYS_AUDIT_ARCH 0u
+#endif
+
+#if SYS_AUDIT_ARCH
+typedef struct { /* a system call and what becomes of it; arg >= 0: only if (argument & mask) == value */
+    long call;
+    int arg;
+    uint32_t mask, value, action;
+} sys_rule;
+
+enum { BPF_LD = 0x20, BPF_AND = 0x54, BPF_EQ = 0x15, BPF_GE = 0x35, BPF_RET = 6 };
+static const uint32_t SECCOMP_ALLOW = 0x7fff0000u, SECCOMP_KILL = 0x80000000u, SECCOMP_ERRNO = 0x00050000u;
+
+/* Puts a filter for all threads in force. */
+static int sys_seccomp(const sys_rule *rule, size_t n, uint32_t otherwise) {
+    struct { uint16_t code; uint8_t yes, no; uint32_t k; } p[512];
+    struct { unsigned short len; void *p; } prog = {0, p};
+    size_t len = 0;
+#define OP(c, v, y, n) (p[len].code = (c), p[len].k = (uint32_t)(v), p[len].yes = (y), p[len].no = (n), len++)
+    OP(BPF_LD, 4, 0, 0); /* struct seccomp_data: nr at 0, arch at 4, the low halves of the arguments at 16, 24, ... */
+    OP(BPF_EQ, SYS_AUDIT_ARCH, 1, 0);
+    OP(BPF_RET, SECCOMP_KILL, 0, 0);
+    OP(BPF_LD, 0, 0, 0);
+    OP(BPF_GE, 0x40000000, 0, 1); /* x32's calls */
+    OP(BPF_RET, SECCOMP_KILL, 0, 0);
+    for (; n && len < 500; rule++, n--) {
+        OP(BPF_EQ, rule->call, 0, rule->arg < 0 ? 1 : 5);
+        if (rule->arg >= 0) {
+            OP(BPF_LD, 16 + 8 * rule->arg, 0, 0);
+            OP(BPF_AND, rule->mask, 0, 0);
+            OP(BPF_EQ, rule->value, 0, 1);
+            OP(BPF_RET, rule->action, 0, 0);
+            OP(BPF_LD, 0, 0, 0);
+        } else OP(BPF_RET, rule->action, 0, 0);
+    }
+    OP(BPF_RET, otherwise, 0, 0);
+#undef OP
+    prog.len = (unsigned short)len;
+    return n == 0 && syscall(SYS_seccomp, 1, 1, &prog) == 0; /* SET_MODE_FILTER, for all threads (TSYNC) */
+}
+
+/* First list: what serving, loading and the callback need. */
+static int sys_seccomp_begin(void) {
+#define YES(name) {SYS_##name, -1, 0, 0, SECCOMP_ALLOW}
+#define WHEN(name, arg, mask, value) {SYS_##name, arg, mask, value, SECCOMP_ALLOW}
+#define NEVER(name) {SYS_##name, -1, 0, 0, SECCOMP_KILL}
+    const sys_rule rules[] = {
+        YES(futex), YES(read), YES(write), YES(recvfrom), YES(sendto), YES(clock_gettime), YES(accept4), YES(close), YES(ppoll), YES(sched_yield),
+#ifdef SYS_poll
+        YES(poll),
+#endif
+        YES(readv), YES(writev), YES(pread64), YES(recvmsg), YES(sendmsg), YES(shutdown), YES(setsockopt), YES(getsockopt), YES(getsockname), YES(brk),
+        YES(munmap), YES(mremap), YES(madvise), YES(mincore), YES(fstat), YES(lseek), YES(nanosleep), YES(clock_nanosleep), YES(clock_getres),
+        YES(gettimeofday), YES(getrandom), YES(getpid), YES(gettid), YES(getppid), YES(getuid), YES(geteuid), YES(sched_getaffinity), YES(sysinfo),
+        YES(rt_sigaction), YES(rt_sigprocmask), YES(rt_sigreturn), YES(sigaltstack), YES(restart_syscall), YES(set_robust_list), YES(membarrier),
+        YES(exit), YES(exit_group), YES(connect),
+#ifdef SYS_rseq
+        YES(rseq),
+#else
+        {SYS_AUDIT_ARCH == 0xc000003eu ? 334 : 293, -1, 0, 0, SECCOMP_ALLOW},
+#endif
+#ifdef SYS_time
+        YES(time),
+#endif
+        WHEN(mmap, 2, PROT_EXEC, 0), WHEN(mprotect, 2, PROT_EXEC, 0), WHEN(socket, 0, 0xffff, AF_INET), WHEN(socket, 0, 0xffff, AF_INET6),
+        WHEN(newfstatat, 3, 0x1000, 0x1000), /* AT_EMPTY_PATH: glibc's fstat */
+        WHEN(clone, 0, 0x00010000, 0x00010000), /* CLONE_THREAD: threads, not processes */
+        {435, -1, 0, 0, SECCOMP_ERRNO | ENOSYS}, /* clone3, whose flags a filter cannot see: then libc takes clone */
+        WHEN(tgkill, 0, 0xffffffffu, (uint32_t)getpid()), WHEN(ioctl, 1, 0xffffffffu, 0x5401), /* TCGETS: is it a terminal? */
+        WHEN(seccomp, 0, 0xffffffffu, 1), WHEN(fcntl, 1, 0xffffffffu, F_GETFL), WHEN(fcntl, 1, 0xffffffffu, F_SETFL), WHEN(fcntl, 1, 0xffffffffu, F_SETFD),
+        NEVER(execve), NEVER(execveat), NEVER(ptrace), NEVER(process_vm_readv), NEVER(process_vm_writev),
+    };
+    return sys_seccomp(rules, sizeof rules / sizeof *rules, SECCOMP_ERRNO | EPERM);
+}
+
+/* Second list, in addition: what is over once the worker is registered. */
+static int sys_seccomp_end(void) {
+#define OVER(name) {SYS_##name, -1, 0, 0, SECCOMP_ERRNO | EPERM}
+    const sys_rule rules[] = {OVER(socket), OVER(connect), OVER(clone), OVER(seccomp), OVER(rt_sigaction), OVER(newfstatat)};
+    return sys_seccomp(rules, sizeof rules / sizeof *rules, SECCOMP_ALLOW);
+}
+#undef YES
+#undef WHEN
+#undef NEVER
+#undef OVER
+
+#else /* other machines, where no list has been tested */
+static int sys_seccomp_begin(void) { return 0; }
+static int sys_seccomp_end(void) { return 0; }
+#endif
 
 /* ==== Text =================================================================================
  * Views (str), growing buffers (buf), UTF-8, Unicode categories, JSON in and out, and the log, which is
@@ -1490,6 +1673,8 @@ typedef struct {
     uint64_t n_kv, n_tensors, alignment, data_start;
     gguf_kv *kv;
     gguf_tensor *tensor;
+    int writable;     /* this process could write the file */
+    int lost;         /* atomic: a page of it could not be read; since then it reads as zeros */
     /* the cursor, while parsing */
     uint64_t pos;
     char *err;        /* the first error sticks: later reads give zeros */
@@ -1750,8 +1935,45 @@ static void gguf_parse(gguf_file *g) {
     gguf_place_tensors(g);
 }
 
+/* ---- files that shrink or cannot be read while they are mapped ---- */
+
+static int gguf_watching;          /* gguf_watch has been called, before any file was opened */
+static gguf_file *gguf_watched;    /* the one that was opened last: its faults are survived */
+static const char *gguf_last_word; /* NULL: go on with zeros; else it goes to stderr, and the process ends with 1 */
+
+/* A page of the mapping is not there: the file has been cut, or the disk has failed. Zeros take the place of the
+ * whole mapping, so that no thread faults again, and whoever uses results looks at `lost` first. */
+static void gguf_on_fault(int sig, siginfo_t *info, void *context) {
+    gguf_file *g = gguf_watched;
+    int saved = errno;
+    (void)context;
+    if (g && (uintptr_t)info->si_addr - (uintptr_t)g->map < g->size) {
+        if (gguf_last_word) {
+            ssize_t n = write(STDERR_FILENO, gguf_last_word, strlen(gguf_last_word));
+            _exit(n < 0 ? 1 : 1);
+        }
+        __atomic_store_n(&g->lost, 1, __ATOMIC_SEQ_CST);
+        if (mmap((void *)(uintptr_t)g->map, (size_t)g->size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED) {
+            errno = saved;
+            return;
+        }
+    }
+    signal(sig, SIG_DFL); /* not ours: it comes again and ends the process */
+}
+
+static void gguf_watch(void) { /* for programs with one model: an embedder's signals are its own */
+    struct sigaction act;
+    gguf_watching = 1;
+    memset(&act, 0, sizeof act);
+    act.sa_sigaction = gguf_on_fault, act.sa_flags = SA_SIGINFO;
+    sigaction(SIGBUS, &act, NULL);
+}
+
+static int gguf_is_lost(const gguf_file *g) { return __atomic_load_n(&g->lost, __ATOMIC_SEQ_CST); }
+
 static void gguf_close(gguf_file *g) {
     if (!g) return;
+    if (gguf_watching && gguf_watched == g) gguf_watched = NULL;
     if (g->map) munmap((void *)(uintptr_t)g->map, (size_t)g->size);
     free(g->kv);
     free(g->tensor);
@@ -1789,7 +2011,7 @@ static uint64_t gguf_hash_end(const gguf_hash *h) {
 static int gguf_is_cached(const gguf_file *g, uint64_t at, uint64_t n) {
     unsigned char in[8192];
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    if (access(g->path, W_OK) || (n + page - 1) / page > sizeof in || mincore((void *)(uintptr_t)(g->map + at), (size_t)n, in)) return 0;
+    if (!g->writable || (n + page - 1) / page > sizeof in || mincore((void *)(uintptr_t)(g->map + at), (size_t)n, in)) return 0;
     for (uint64_t i = 0; i < (n + page - 1) / page; i++)
         if (!(in[i] & 1)) return 0;
     return 1;
@@ -1815,14 +2037,14 @@ static void gguf_read_ahead(const gguf_file *g, int (*fn)(void *user, double sha
 static gguf_file *gguf_open(const char *path, char *err, size_t err_cap) {
     struct stat st;
     gguf_file *g = sys_zalloc(1, sizeof *g);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int writable = 0, fd = sys_open(path, &writable);
     if (!g || fd < 0 || fstat(fd, &st)) {
         sys_fail(err, err_cap, "%s: cannot open the model: %s", path, strerror(errno));
         if (fd >= 0) close(fd);
         free(g);
         return NULL;
     }
-    g->path = str_dup(str_of(path)), g->err = err, g->err_cap = err_cap;
+    g->path = str_dup(str_of(path)), g->err = err, g->err_cap = err_cap, g->writable = writable;
     g->size = (uint64_t)st.st_size;
     void *map = MAP_FAILED;
     if (!g->path) sys_fail(err, err_cap, "%s: out of memory", path);
@@ -1834,6 +2056,7 @@ static gguf_file *gguf_open(const char *path, char *err, size_t err_cap) {
     close(fd);
     if (map == MAP_FAILED) return gguf_close(g), NULL;
     g->map = map;
+    if (gguf_watching) gguf_watched = g;
     gguf_parse(g);
     g->err = NULL;
     if (g->failed) return gguf_close(g), NULL;
@@ -6375,6 +6598,7 @@ static void engine_refuse(engine *e, engine_job *j, const engine_error *error, c
 /* Why a job must end now, or NULL. t_cancel is written once, by the canceller, before `cancel`. */
 static const engine_error *engine_must_end(const engine *e, engine_job *j, const char **message) {
     int cancel = __atomic_load_n(&j->cancel, __ATOMIC_ACQUIRE);
+    if (gguf_is_lost(e->m->file)) return *message = "the model file cannot be read any more", &ERR_INTERNAL;
     if (cancel) return *message = cancel == CANCEL_DRAIN ? "the worker is shutting down" : "the job was cancelled", &ERR_CANCELLED;
     if (j->deadline_unix_ms && sys_unix_ms() > j->deadline_unix_ms) return *message = "the job's deadline has passed", &ERR_TIMEOUT;
     if (e->inference_timeout_s && j->t_run > 0 && sys_now() - j->t_run > e->inference_timeout_s)
@@ -6637,7 +6861,7 @@ static const engine_error *engine_submit(engine *e, engine_job *j) {
         why = &ERR_JOB_EXISTS;
         j->earlier = 1, j->earlier_outcome = known->outcome, j->n_out = known->tokens_out;
     }
-    if (e->draining || e->stop) why = &ERR_NOT_READY;
+    if (e->draining || e->stop || gguf_is_lost(e->m->file)) why = &ERR_NOT_READY;
     else if (!why && e->stats.live >= e->options.n_parallel + e->options.n_queue) why = &ERR_BUSY;
     if (why) e->stats.outcome[OUTCOME_REJECTED]++;
     else {
@@ -6755,6 +6979,7 @@ static int engine_add_text(engine *e, engine_job *j, int32_t id) {
     engine_pending p = {j->n_out - 1, id, 0};
     e->piece.len = 0;
     tok_piece(e->m->tok, id, 0, &e->piece);
+    if (gguf_is_lost(e->m->file)) return 0; /* the piece's bytes are in the file */
     engine_decode_bytes(j, e->piece.ptr, e->piece.len);
     p.end = j->window.len;
     j->pending[j->n_pending++] = p;
@@ -6832,6 +7057,7 @@ static int engine_next_token(engine *e, engine_job *j, float *logits) {
     engine_mark_seen(j, id);
     engine_note_gram(j, j->n_prompt + j->n_out);
     if (engine_add_text(e, j, id)) return engine_complete(e, j, LORCH_STOP_SEQUENCE), 0;
+    if (gguf_is_lost(e->m->file)) return engine_fail(e, j, &ERR_INTERNAL, "the model file cannot be read any more"), 0;
     if (j->n_out >= j->max_tokens) return engine_complete(e, j, LORCH_MAX_TOKENS), 0;
     if (now - j->t_metrics >= 0.5) {
         engine_event ev = {EVENT_METRICS, 0, 0, {"", 0}, LORCH_FAILED, NULL, NULL, ""};
@@ -6889,7 +7115,7 @@ static int engine_forward(engine *e, const model_batch *b, const int *rows) {
     int done = model_forward(&e->run, b);
     double each = (sys_cpu_now() - from) / b->n;
     for (int i = 0; i < e->n_batch; i++) e->batch_job[i]->cpu_seconds += each * rows[i];
-    return done;
+    return done && !gguf_is_lost(e->m->file); /* no result of a file that is gone is used */
 }
 
 /* Notes that the job's cache has grown to n_computed positions, and offers its full blocks to others. */
@@ -7857,6 +8083,13 @@ enum {
     ROUTE_STALL_S = 60           /* a busy engine without progress for so long is unhealthy */
 };
 
+typedef struct { /* what is in force; written by the starter thread, each field once */
+    int off;        /* --no-sandbox */
+    int hardened;   /* no new privileges, no core files, no debugger */
+    int landlock;   /* atomic: the kernel's version of it, or 0 */
+    int seccomp;    /* atomic: 0, 1 while loading, 2 for good */
+} route_sandbox;
+
 typedef struct { /* what the command line decides; strings live as long as the server */
     const char *worker_id, *model_ref, *api_token; /* api_token NULL: none is needed */
     int max_tokens_out, header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, sse_ping_ms;
@@ -7875,6 +8108,9 @@ typedef struct {
     enum route_status status;
     int fatal;                   /* atomic; an exit code that ends the server, or -1 */
     int signals;                 /* atomic; SIGTERM and SIGINT so far */
+    route_sandbox sandbox;
+    int landlock_fd;             /* atomic: rules for the I/O thread to enter, or -1; afterwards */
+    int landlock_entered;        /* atomic: 1 if it could, -1 if not */
     http_conn *conn[ROUTE_MAX_CONNS];
     int n_conns, max_conns, n_streams;
     double t_start, t_drain, t_memory, t_parent, t_accept; /* t_accept: no accept before, after EMFILE */
@@ -8286,7 +8522,7 @@ static route_stream *route_stream_new(route_server *s, http_conn *c, engine_job 
 static const char *route_submit_message(const engine_error *why) {
     if (why == &ERR_JOB_EXISTS) return "a job with this job_id is running or queued, or has succeeded within the last minute (give resume_from to run it again)";
     if (why == &ERR_BUSY) return "all slots are busy and the queue is full";
-    return "the worker is shutting down";
+    return "the worker takes no more jobs";
 }
 
 static void route_execute(route_server *s, http_conn *c) {
@@ -8377,6 +8613,7 @@ static void route_cancel_path(route_server *s, http_conn *c) { /* /cancel/{job_i
 
 static const char *route_why_unhealthy(const route_server *s, const engine_stats *stats) { /* NULL: healthy */
     int64_t idle_ms = (int64_t)(sys_now() * 1000) - __atomic_load_n(&s->e->progress_ms, __ATOMIC_RELAXED);
+    if (gguf_is_lost(s->e->m->file)) return "the model file cannot be read any more";
     return stats->running && idle_ms > ROUTE_STALL_S * 1000 ? "the engine makes no progress" : NULL;
 }
 
@@ -8419,6 +8656,16 @@ static void route_health_model(const route_server *s, buf *b) {
     route_put_fingerprint(b, e);
 }
 
+static void route_health_sandbox(const route_server *s, buf *b) {
+    json_put_key(b, "sandbox"), buf_putc(b, '{');
+    json_kv_bool(b, "enabled", !s->sandbox.off);
+    json_kv_bool(b, "no_new_privileges", s->sandbox.hardened);
+    json_kv_int(b, "landlock", __atomic_load_n(&s->sandbox.landlock, __ATOMIC_RELAXED));
+    json_kv_int(b, "seccomp", __atomic_load_n(&s->sandbox.seccomp, __ATOMIC_RELAXED));
+    json_kv_int(b, "uid", (int64_t)geteuid());
+    buf_putc(b, '}');
+}
+
 static void route_health(route_server *s, http_conn *c) {
     buf b = {0};
     engine_stats stats = {0};
@@ -8440,6 +8687,7 @@ static void route_health(route_server *s, http_conn *c) {
     json_kv_int(&b, "vram_bytes_used", 0);
     json_kv_num(&b, "uptime_seconds", sys_now() - s->t_start, 0);
     if (s->e) route_health_model(s, &b), route_health_jobs(s, &stats, &b);
+    route_health_sandbox(s, &b);
     json_kv_cstr(&b, "version", LORCH_VERSION);
     buf_putc(&b, '}');
     http_respond(c, strcmp(status, "healthy") == 0 ? 200 : 503, "application/json", "", buf_str(&b));
@@ -8454,7 +8702,7 @@ static void route_livez(route_server *s, http_conn *c) {
 }
 
 static void route_readyz(route_server *s, http_conn *c) {
-    int ok = s->status == ROUTE_READY;
+    int ok = s->status == ROUTE_READY && !gguf_is_lost(s->e->m->file);
     http_respond(c, ok ? 200 : 503, "application/json", ok ? "" : "Retry-After: 1\r\n", str_of(ok ? "{\"status\":\"ready\"}" : "{\"status\":\"not ready\"}"));
 }
 
@@ -8769,6 +9017,8 @@ static void route_refresh_memory(route_server *s, double now) {
 static int route_housekeeping(route_server *s, double now) {
     if (!s->e && (s->e = __atomic_load_n(&s->loaded, __ATOMIC_ACQUIRE)) != NULL && s->status == ROUTE_LOADING) s->status = ROUTE_READY;
     if (__atomic_load_n(&s->fatal, __ATOMIC_ACQUIRE) >= 0) return 0;
+    int rules = __atomic_exchange_n(&s->landlock_fd, -1, __ATOMIC_ACQUIRE);
+    if (rules >= 0) __atomic_store_n(&s->landlock_entered, sys_landlock_enter(rules) ? 1 : -1, __ATOMIC_RELEASE);
     if (__atomic_load_n(&s->signals, __ATOMIC_RELAXED)) route_begin_drain(s, "signal");
     if (s->set.exit_with_parent && getppid() != s->parent) route_begin_drain(s, "the parent process has ended");
     if (s->status != ROUTE_DRAINING) return 1;
@@ -8827,7 +9077,8 @@ static int route_serve(route_server *s) {
 
 /* ==== Pool-manager client ==================================================================
  * The ready callback: one POST to the URL that the pool manager gave, from the thread that loaded the
- * model. Answers of 2xx register the worker; anything else is tried again after each of three pauses. */
+ * model. Answers of 2xx register the worker; anything else is tried again after each of three pauses. The
+ * host's name is resolved once, at the start: afterwards the sandbox takes files and name service away. */
 
 typedef struct {
     char host[256], path[2048]; /* path with its query, as given */
@@ -8882,15 +9133,29 @@ static int callback_wait(int fd, short events, double until, const int *stop) {
     return 0;
 }
 
-static int callback_connect(const callback_url *u, double until, const int *stop) { /* a socket, or -1 */
+static const double callback_pauses[] = {0.25, 0.5, 1}; /* seconds before the retries, of the name as of the request */
+
+/* The host's addresses, before the sandbox takes the name service away; tried again like a request. NULL: there
+ * are none, which has been logged, or *stop. */
+static struct addrinfo *callback_resolve(const callback_url *u, const int *stop) {
     struct addrinfo hints, *list = NULL;
     char port[16];
-    int fd = -1;
+    int error = 0;
     memset(&hints, 0, sizeof hints);
     hints.ai_socktype = SOCK_STREAM;
     snprintf(port, sizeof port, "%d", u->port);
-    if (getaddrinfo(u->host, port, &hints, &list)) return -1;
-    for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
+    for (int attempt = 0; attempt < 4; attempt++) {
+        if (attempt) callback_wait(-1, 0, sys_now() + callback_pauses[attempt - 1], stop);
+        if (__atomic_load_n(stop, __ATOMIC_ACQUIRE)) return NULL;
+        if ((error = getaddrinfo(u->host, port, &hints, &list)) == 0) return list;
+    }
+    log_note(LOG_ERROR, "error", "\"code\":\"CALLBACK_REFUSED\",\"message\":\"the pool manager's host has no address\",\"error\":%d", error);
+    return NULL;
+}
+
+static int callback_connect(const struct addrinfo *list, double until, const int *stop) { /* a socket, or -1 */
+    int fd = -1;
+    for (const struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
         int error = 0;
         socklen_t n = sizeof error;
         fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -8899,7 +9164,6 @@ static int callback_connect(const callback_url *u, double until, const int *stop
         else if (!callback_wait(fd, POLLOUT, until, stop) || getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &n)) error = ETIMEDOUT;
         if (error) close(fd), fd = -1;
     }
-    freeaddrinfo(list);
     return fd;
 }
 
@@ -8940,11 +9204,11 @@ static void callback_body(const callback_info *info, int fd, buf *b) {
 }
 
 /* One attempt: the status of the answer, or 0 when there is none. The request goes out in one write. */
-static int callback_post(const callback_url *u, const callback_info *info, const int *stop) {
+static int callback_post(const callback_url *u, const struct addrinfo *to, const callback_info *info, const int *stop) {
     double until = sys_now() + CALLBACK_TIMEOUT_MS / 1000.0;
     buf body = {0}, request = {0};
     char answer[16] = "";
-    int fd = callback_connect(u, until, stop), n = 0;
+    int fd = callback_connect(to, until, stop), n = 0;
     if (fd < 0) return 0;
     callback_body(info, fd, &body);
     buf_printf(&request, "POST %s HTTP/1.1\r\nHost: %.*s\r\nUser-Agent: lorch/" LORCH_VERSION "\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n",
@@ -8967,13 +9231,12 @@ static int callback_post(const callback_url *u, const callback_info *info, const
 }
 
 /* Registers the worker, with three retries. 1: registered; 0: refused, which has been logged; -1: *stop. */
-static int callback_run(const callback_url *u, const callback_info *info, const int *stop) {
-    static const double pauses[] = {0.25, 0.5, 1};
+static int callback_run(const callback_url *u, const struct addrinfo *to, const callback_info *info, const int *stop) {
     int status = 0;
     for (int attempt = 0; attempt < 4; attempt++) {
-        if (attempt) callback_wait(-1, 0, sys_now() + pauses[attempt - 1], stop);
+        if (attempt) callback_wait(-1, 0, sys_now() + callback_pauses[attempt - 1], stop);
         if (__atomic_load_n(stop, __ATOMIC_ACQUIRE)) return -1;
-        status = callback_post(u, info, stop);
+        status = callback_post(u, to, info, stop);
         if (status >= 200 && status <= 299) {
             log_note(LOG_INFO, "registered", "\"status\":%d,\"attempts\":%d", status, attempt + 1);
             return 1;
@@ -8996,14 +9259,14 @@ enum cli_kind { CLI_STRING, CLI_INT, CLI_FLOAT, CLI_SWITCH, CLI_CHOICE };
 
 typedef struct {
     const char *worker_id, *model, *model_ref, *host, *callback_url, *advertise_uri, *spawn_token, *api_token_file, *config, *log_format, *log_level,
-        *kv_type, *pre, *prompt, *ids, *gpu_device;
+        *kv_type, *pre, *prompt, *ids, *gpu_device, *user;
     const char *stop[MAX_STOPS];
     int n_stop;
     int64_t port, max_tokens_in, max_tokens_out, inference_timeout_s, kv_cache_mb, parallel, queue, context, threads, chunk, drain_timeout_s, sse_ping_ms,
         header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, n, top, top_k, bench_prompt, bench_batch, bench_rounds;
     uint64_t seed;
     double temperature, top_p, min_p, repetition_penalty;
-    int insecure, exit_with_parent, lazy, no_speculate, json, special, no_bos, ignore_eos, has_seed;
+    int insecure, no_sandbox, exit_with_parent, lazy, no_speculate, json, special, no_bos, ignore_eos, has_seed;
     /* not options */
     enum cli_command command;
     const char *file;      /* the subcommands' MODEL */
@@ -9039,6 +9302,8 @@ static const cli_option cli_options[] = {
     {"spawn-token", 0, CLI_STRING, CLI_SERVE, F(spawn_token), 0, 0, 0, "TOKEN", "sent with the callback as a bearer token"},
     {"api-token-file", 0, CLI_STRING, CLI_SERVE, F(api_token_file), 0, 0, 0, "FILE", "requests need the bearer token in FILE (or $LLORCH_API_TOKEN)"},
     {"insecure", 0, CLI_SWITCH, CLI_SERVE, F(insecure), 0, 0, 0, 0, "allow listening beyond loopback without a token"},
+    {"user", 0, CLI_STRING, CLI_SERVE, F(user), 0, 0, 0, "NAME", "started as root: become this user once the port and the file are open; NAME or UID[:GID]"},
+    {"no-sandbox", 0, CLI_SWITCH, CLI_SERVE, F(no_sandbox), 0, 0, 0, 0, "keep files and system calls in reach: for debuggers and sanitizers"},
     {"parallel", 0, CLI_INT, CLI_SERVE, F(parallel), 1, MAX_PARALLEL, "4", "N", "jobs that run at the same time; default 4"},
     {"queue", 0, CLI_INT, CLI_SERVE, F(queue), 0, MAX_QUEUE, "32", "N", "jobs that may wait; default 32"},
     {"max-tokens-in", 0, CLI_INT, CLI_SERVE, F(max_tokens_in), 1, MAX_CONTEXT, 0, "N", "longest prompt in tokens; default the context"},
@@ -9337,8 +9602,10 @@ typedef struct { /* what the starter thread needs: loads the model, then calls t
     route_server server;
     callback_url url;
     callback_info info;
+    struct addrinfo *to;                  /* the URL's addresses */
     int has_callback, stop, starter_done; /* the last two are atomic; stop: the server has ended */
     int percent;
+    uint64_t model_bytes;
 } cli_worker;
 
 static cli_worker cli_the_worker; /* static for the signal handler's sake */
@@ -9392,9 +9659,8 @@ static void cli_log_failure(const char *code, const char *message, const char *p
 static engine *cli_load(cli_worker *w) {
     char err[LORCH_ERROR_BYTES];
     const cli_settings *c = w->settings;
-    struct stat st;
     lorch_options o;
-    uint64_t size = stat(c->model, &st) == 0 && S_ISREG(st.st_mode) ? (uint64_t)st.st_size : 0;
+    uint64_t size = w->model_bytes;
     buf b = {0};
     json_kv_cstr(&b, "model_path", c->model);
     log_event(LOG_INFO, "model_load_start", NULL, str_of(""), buf_cstr(&b));
@@ -9408,6 +9674,10 @@ static engine *cli_load(cli_worker *w) {
     cli_engine_options(c, &o);
     uint64_t required = 0;
     engine *e = engine_open(m, &o, 1, &required, err, sizeof err);
+    if (e && gguf_is_lost(e->m->file)) {
+        snprintf(err, sizeof err, "%s: the file cannot be read: is the disk in order?", c->model);
+        engine_close(e), e = NULL;
+    }
     if (!e) {
         int memory = strncmp(err, "INSUFFICIENT_MEMORY: ", 21) == 0;
         cli_log_failure(memory ? "INSUFFICIENT_MEMORY" : "MODEL_LOAD_FAILED", memory ? err + 21 : err, c->model, required ? required : size);
@@ -9429,8 +9699,34 @@ static void cli_log_loaded(const engine *e, double seconds) {
     buf_free(&b);
 }
 
+/* The second step of the sandbox, by the starter thread, before the first byte of the model file is looked at. */
+static void cli_enter_sandbox(cli_worker *w) {
+    route_server *s = &w->server;
+    sys_keep();
+    if (s->sandbox.off) return;
+    int rules = sys_landlock_open(w->has_callback ? w->url.port : 0);
+    if (rules >= 0) { /* it holds for one thread and those that it starts: the I/O thread has to enter by itself */
+        __atomic_store_n(&s->landlock_fd, rules, __ATOMIC_RELEASE);
+        route_wake(s);
+        while (!__atomic_load_n(&s->landlock_entered, __ATOMIC_ACQUIRE) && !__atomic_load_n(&w->stop, __ATOMIC_ACQUIRE)) poll(NULL, 0, 1);
+        if (sys_landlock_enter(rules) && __atomic_load_n(&s->landlock_entered, __ATOMIC_ACQUIRE) > 0)
+            __atomic_store_n(&s->sandbox.landlock, (int)sys_landlock_abi(), __ATOMIC_RELAXED);
+        close(rules);
+    }
+    if (sys_seccomp_begin()) __atomic_store_n(&s->sandbox.seccomp, 1, __ATOMIC_RELAXED);
+}
+
+static void cli_leave_start(cli_worker *w) { /* the third step */
+    if (w->server.sandbox.seccomp && sys_seccomp_end()) __atomic_store_n(&w->server.sandbox.seccomp, 2, __ATOMIC_RELAXED);
+}
+
 static void cli_start_worker(cli_worker *w) {
     double from = sys_now();
+    if (w->has_callback && !(w->to = callback_resolve(&w->url, &w->stop))) {
+        cli_end_server(w, 3);
+        return;
+    }
+    cli_enter_sandbox(w);
     engine *e = cli_load(w);
     if (!e) {
         cli_end_server(w, 1);
@@ -9442,7 +9738,10 @@ static void cli_start_worker(cli_worker *w) {
     route_wake(&w->server);
     log_note(LOG_INFO, "ready", "\"port\":%d,\"ready_ms\":%.0f", w->info.port, (sys_now() - w->server.t_start) * 1000);
     w->info.memory_bytes = e->m->weight_bytes + engine_kv_bytes(e) + engine_private_bytes(e);
-    if (w->has_callback && callback_run(&w->url, &w->info, &w->stop) == 0) cli_end_server(w, 3);
+    int refused = w->has_callback && callback_run(&w->url, w->to, &w->info, &w->stop) == 0;
+    if (w->to) freeaddrinfo(w->to), w->to = NULL;
+    cli_leave_start(w);
+    if (refused) cli_end_server(w, 3);
     else engine_fingerprint(e, &w->stop);
 }
 
@@ -9549,7 +9848,9 @@ static int cli_open_server(cli_worker *w, const route_settings *set) {
     route_server *s = &w->server;
     struct rlimit files;
     struct sigaction act;
-    s->set = *set, s->fatal = -1, s->t_start = sys_now(), s->parent = getppid();
+    s->set = *set, s->fatal = -1, s->t_start = sys_now(), s->parent = getppid(), s->landlock_fd = -1;
+    s->sandbox.off = w->settings->no_sandbox;
+    s->sandbox.hardened = !s->sandbox.off && sys_harden();
     pthread_mutex_init(&s->lock, NULL);
     if (pipe2(s->wake, O_NONBLOCK | O_CLOEXEC)) return 0;
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
@@ -9563,7 +9864,44 @@ static int cli_open_server(cli_worker *w, const route_settings *set) {
     act.sa_handler = cli_on_signal;
     sigaction(SIGTERM, &act, NULL), sigaction(SIGINT, &act, NULL);
     signal(SIGPIPE, SIG_IGN);
+    gguf_watch();
     return 1;
+}
+
+/* Opens what is read later, while this process may still be root. */
+static void cli_open_files(cli_worker *w) {
+    struct stat st;
+    const char *path = w->settings->model;
+    int writable = 0, fd = sys_open(path, &writable), why = errno;
+    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode)) w->model_bytes = (uint64_t)st.st_size;
+    sys_kept.path = path, sys_kept.file = fd, sys_kept.why = why, sys_kept.writable = writable;
+    sys_kept.statm = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+}
+
+static int cli_number(const char *text, long *v) { /* a user or group id */
+    char *end;
+    if (*text < '0' || *text > '9') return 0;
+    *v = strtol(text, &end, 10);
+    return *end == 0 && *v >= 0 && *v < 0xffffffffL;
+}
+
+static void cli_find_user(const cli_settings *c, long *uid, long *gid) { /* NAME, UID or UID:GID */
+    char text[128];
+    snprintf(text, sizeof text, "%s", c->user);
+    char *colon = strchr(text, ':');
+    if (colon) *colon = 0;
+    int ok = cli_number(text, uid);
+    const struct passwd *p = ok ? getpwuid((uid_t)*uid) : colon ? NULL : getpwnam(text);
+    if (p) *uid = (long)p->pw_uid, *gid = (long)p->pw_gid;
+    else *gid = *uid;
+    if ((!ok && !p) || (colon && !cli_number(colon + 1, gid))) cli_usage_error("%s: there is no user '%.100s'", cli_source("user"), c->user);
+    if (geteuid() != 0) cli_usage_error("%s: only root can become another user", cli_source("user"));
+}
+
+/* Gives root up, for good. 0: it could not be done. */
+static int cli_become(long uid, long gid) {
+    return setgroups(0, NULL) == 0 && setresgid((gid_t)gid, (gid_t)gid, (gid_t)gid) == 0 && setresuid((uid_t)uid, (uid_t)uid, (uid_t)uid) == 0 &&
+           (uid == 0 || setuid(0) != 0);
 }
 
 /* Ends what still runs and gives everything back. A layer that takes longer than the drain's grace is not waited for. */
@@ -9576,6 +9914,9 @@ static void cli_close_server(cli_worker *w) {
     route_take_all_news(s, sys_now());
     engine_close(e);
     close(s->listen_fd), close(s->wake[0]), close(s->wake[1]);
+    if (sys_kept.statm >= 0) close(sys_kept.statm);
+    if (sys_kept.file >= 0) close(sys_kept.file);
+    if (w->to) freeaddrinfo(w->to);
     free(w->settings->api_token);
     for (int i = 0; i < N_CLI_OPTIONS; i++) free(cli_values[i].value);
 }
@@ -9586,8 +9927,10 @@ static int cli_serve(cli_settings *c) {
     pthread_t starter;
     char message[256];
     int port = 0;
+    long uid = 0, gid = 0;
     w->settings = c;
     cli_check_serve(c, w);
+    if (c->user) cli_find_user(c, &uid, &gid);
     struct addrinfo *a = cli_resolve(c);
     enum cli_reach reach = cli_reach_of(a->ai_addr);
     if (reach != CLI_LOOPBACK && !c->api_token && !c->insecure)
@@ -9612,6 +9955,8 @@ static int cli_serve(cli_settings *c) {
     if (reach == CLI_ONE_ADDRESS && strchr(c->host, ':')) snprintf(host, sizeof host, "[%.120s]", c->host), info.host = host;
     w->info = info;
     freeaddrinfo(a);
+    cli_open_files(w);
+    if (c->user && !cli_become(uid, gid)) return cli_log_failure("MODEL_LOAD_FAILED", "cannot become the user that --user names", c->model, 0), 1;
     if (sys_thread(&starter, cli_starter, w)) return cli_log_failure("MODEL_LOAD_FAILED", "cannot start a thread", c->model, 0), 1;
     int code = route_serve(&w->server);
     __atomic_store_n(&w->stop, 1, __ATOMIC_RELEASE);
@@ -10201,6 +10546,7 @@ int main(int argc, char **argv) {
     cli_from_arguments(&c, argc, argv, first);
     if (needs_file && !c.file) cli_usage_error("%s: which model file?", argv[1]);
     cli_merge(&c);
+    if (c.command != CLI_SERVE) gguf_last_word = "lorch: the model file has shrunk, or cannot be read\n", gguf_watch();
     int code = run(&c);
     if (c.command != CLI_SERVE)
         for (int i = 0; i < N_CLI_OPTIONS; i++) free(cli_values[i].value);

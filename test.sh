@@ -6,8 +6,8 @@
 # It needs sh, cc, make and curl, and less than five minutes on two cores. What more a test wants is taken if it is
 # there, else the test is skipped by name; .ci/run installs all of it. -v shows what passing tests have to say.
 #
-# PATTERN chooses groups (build shape unit embed accuracy tokenizer badgguf contract execute wire load curl config asan
-# tsan tools) by a part of their name; if it is no part of one, the tests of the test programs whose names contain it.
+# PATTERN chooses groups (build shape unit embed accuracy tokenizer badgguf contract execute wire guard load curl config
+# asan tsan tools) by a part of their name; if it is no part of one, the tests of the test programs whose names contain it.
 #
 # Environment: LORCH_SHARED, a directory with more models and conformance files; LORCH_TEST_FULL=1 adds what takes longer
 # (thread sanitizer, other machines, emulators); CC. Work files are in build/test; what is up to date is not built again.
@@ -27,8 +27,8 @@ MAX_COLUMNS=170 MAX_FUNCTION=70 MAX_UNMARKED=500
 LONG_FUNCTIONS=''
 STRICT='-std=c99 -pedantic -Wall -Wextra -Wshadow -Wconversion -Wundef -Wmissing-prototypes -Wstrict-prototypes'
 SANITIZE='-fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all -fno-var-tracking -g1 -O1'
-GROUPS_ALL='build shape unit embed accuracy tokenizer badgguf contract execute wire load curl config asan tsan tools same'
-PROGRAMS='unit embed accuracy tokenizer badgguf contract execute wire load'
+GROUPS_ALL='build shape unit embed accuracy tokenizer badgguf contract execute wire guard load curl config asan tsan tools same'
+PROGRAMS='unit embed accuracy tokenizer badgguf contract execute wire guard load'
 
 # ==== Results ====================================================================================
 
@@ -135,7 +135,7 @@ echo $$ >$W/pid
 
 build_plain() {
     compile lorch $W/lorch "$CC" lorch.c -o $W/lorch -lpthread -lm
-    for p in accuracy tokenizer badgguf contract execute wire load mkmodel; do
+    for p in accuracy tokenizer badgguf contract execute wire guard load mkmodel; do
         compile $p $W/$p "$CC" -std=c99 -O1 tests/$p.c -o $W/$p -lpthread -lm
     done
     # Jobs of this model last: the 14,000 tokens of a long prompt take seconds, and a token takes milliseconds.
@@ -143,7 +143,7 @@ build_plain() {
     wants unit && compile unit $W/unit "$CC" -std=gnu99 -O1 -w tests/unit.c -o $W/unit -lpthread -lm
     if wants embed build; then
         # shellcheck disable=SC2086
-        compile object $W/lorch.o "$CC" $STRICT -Wno-unused-function -O1 -DLORCH_NO_MAIN -c lorch.c -o $W/lorch.o
+        compile object $W/lorch.o "$CC" $STRICT -O1 -DLORCH_NO_MAIN -c lorch.c -o $W/lorch.o
         compile embed $W/embed "$CC" $STRICT -O1 tests/embed.c $W/lorch.o -o $W/embed -lpthread -lm
     fi
 }
@@ -342,7 +342,8 @@ END
 sanitized() { # GROUP BINARY PROGRAM [NAME-PART...]
     reports=log_path=$PWD/$W/$1-report lorch=$2
     shift 2
-    exec env LORCH="$lorch" LORCH_TEST_SLOW=1 ASAN_OPTIONS="detect_leaks=1:$reports" UBSAN_OPTIONS="print_stacktrace=1:$reports" TSAN_OPTIONS="$reports" "$@"
+    export LORCH_TEST_SLOW=1 LORCH_TEST_NO_SANDBOX=1
+    exec env LORCH="$lorch" ASAN_OPTIONS="detect_leaks=1:$reports" UBSAN_OPTIONS="print_stacktrace=1:$reports" TSAN_OPTIONS="$reports" "$@"
 }
 no_reports() { # GROUP
     out=$(cat $W/"$1"-report* 2>/dev/null)
@@ -359,7 +360,7 @@ test_asan() {
     [ -x $W/lorch-asan ] || return
     rm -f $W/asan-report*
     start_sanitized asan $W/lorch-asan execute
-    for p in contract wire load badgguf tokenizer; do
+    for p in contract wire guard load badgguf tokenizer; do
         start_sanitized asan $W/lorch-asan $p
         collect asan_$p
     done
@@ -411,7 +412,7 @@ wanted unit && launch unit $W/unit
 for p in accuracy tokenizer badgguf; do wanted $p && run $p $W/$p; done
 wanted unit && collect unit
 took "unit, accuracy, tokenizer, badgguf"
-for p in embed contract execute wire load; do
+for p in embed contract execute wire guard load; do
     wanted $p && run $p $W/$p && took $p
 done
 wanted curl && test_curl

@@ -10,6 +10,7 @@
 #include "../lorch.c"
 
 #include <dirent.h>
+#include <sys/wait.h>
 
 /* ==== Results ================================================================================ */
 
@@ -1166,6 +1167,84 @@ static void test_http_limits(void) {
     CHECK(http_lists(str_of("keep-alive, Close"), ',', "close") && !http_lists(str_of("closed"), ',', "close") && http_lists(str_of("a,,close"), ',', "close"), "lists");
 }
 
+/* ==== The sandbox ============================================================================
+ * A child process enters it and tries everything; the n-th thing that goes wrong is its exit status. */
+
+static int sandbox_go; /* atomic: the filter is in force */
+
+static void *sandbox_earlier(void *arg) { /* a thread that was there before */
+    while (!__atomic_load_n(&sandbox_go, __ATOMIC_ACQUIRE)) poll(NULL, 0, 1);
+    *(int *)arg = open("/dev/null", O_RDONLY) < 0 && errno == EPERM;
+    return NULL;
+}
+static void *sandbox_later(void *arg) { return *(int *)arg = 1, NULL; }
+
+static int sandbox_try(int fd, int landlock, int port) {
+    struct sockaddr_in a;
+    struct stat st;
+    pthread_t earlier, later;
+    int held = 0, ran = 0, wrong = 0;
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET, a.sin_addr.s_addr = htonl(INADDR_LOOPBACK), a.sin_port = htons((uint16_t)port);
+#define TRY(ok) do { wrong++; if (!(ok)) return wrong; } while (0)
+    TRY(pthread_create(&earlier, NULL, sandbox_earlier, &held) == 0);
+    TRY(sys_harden());
+    int rules = sys_landlock_open(port);
+    if (landlock) {
+        TRY(rules >= 0 && sys_landlock_enter(rules));
+        TRY(open("/dev/null", O_RDONLY) < 0 && errno == EACCES);
+        TRY(open("/tmp", O_RDONLY) < 0 && errno == EACCES);
+        TRY(unlink("/tmp/no-such-file-here") < 0);
+        if (landlock >= 4) {
+            int s = socket(AF_INET, SOCK_STREAM, 0);
+            TRY(bind(s, (struct sockaddr *)&a, sizeof a) < 0 && errno == EACCES);
+            TRY(connect(s, (struct sockaddr *)&a, sizeof a) < 0 && errno != EACCES); /* nobody listens there */
+            a.sin_port ^= htons(1);
+            TRY(connect(s, (struct sockaddr *)&a, sizeof a) < 0 && errno == EACCES);
+            close(s);
+        }
+    }
+    TRY(sys_seccomp_begin());
+    __atomic_store_n(&sandbox_go, 1, __ATOMIC_RELEASE);
+    TRY(pthread_join(earlier, NULL) == 0 && held);
+    TRY(open("/dev/null", O_RDONLY) < 0 && errno == EPERM);
+    TRY(socket(AF_UNIX, SOCK_STREAM, 0) < 0 && errno == EPERM);
+    TRY(socket(AF_INET, SOCK_STREAM, 0) >= 0);
+    TRY(fork() < 0 && errno == EPERM);
+    TRY(mmap(NULL, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED && errno == EPERM);
+    void *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TRY(page != MAP_FAILED && mprotect(page, 4096, PROT_READ | PROT_EXEC) < 0);
+    TRY(kill(getppid(), 0) < 0 && fchmod(fd, 0) < 0 && chdir("/") < 0 && setuid(0) < 0 && prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) < 0);
+    TRY(fstat(fd, &st) == 0 && pthread_create(&later, NULL, sandbox_later, &ran) == 0 && pthread_join(later, NULL) == 0 && ran);
+    TRY(sys_seccomp_end());
+    TRY(pthread_create(&later, NULL, sandbox_later, &ran) != 0);
+    TRY(socket(AF_INET, SOCK_STREAM, 0) < 0 && errno == EPERM);
+    TRY(!sys_seccomp_begin());
+    TRY(malloc(1 << 22) && getentropy(&a, 8) == 0 && sys_now() > 0);
+#undef TRY
+    execl("/bin/true", "true", (char *)NULL); /* the end: SIGSYS */
+    return 99;
+}
+
+static void test_sandbox(void) {
+    int status = 0, fd = open("/dev/zero", O_RDONLY), listener = socket(AF_INET, SOCK_STREAM, 0), landlock = (int)sys_landlock_abi();
+    struct sockaddr_in a;
+    socklen_t n = sizeof a;
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET, a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (!SYS_AUDIT_ARCH) {
+        unit.skip = "no list of system calls for this machine";
+        return;
+    }
+    CHECK(bind(listener, (struct sockaddr *)&a, sizeof a) == 0 && getsockname(listener, (struct sockaddr *)&a, &n) == 0, "no port");
+    pid_t child = fork();
+    if (child == 0) _exit(sandbox_try(fd, landlock, ntohs(a.sin_port)));
+    waitpid(child, &status, 0);
+    CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGSYS, "Landlock %d: exit status %d, signal %d", landlock, WIFEXITED(status) ? WEXITSTATUS(status) : -1,
+          WIFSIGNALED(status) ? WTERMSIG(status) : 0);
+    close(fd), close(listener);
+}
+
 /* ==== main =================================================================================== */
 
 static const struct { const char *name; void (*run)(void); } tests[] = {
@@ -1200,6 +1279,7 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     {"sampling: uniform numbers", test_sample_uniform},
     {"sampling: the draw", test_sample_draw},
     {"engine: text and stop sequences", test_stop_sequences},
+    {"sandbox: what it takes away, and what it leaves", test_sandbox},
     {"http: every split gives the same", test_http_splits},
     {"http: limits", test_http_limits},
 };
