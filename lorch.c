@@ -86,6 +86,10 @@
 #include <sys/syscall.h>
 #endif
 
+#ifdef LORCH_FAULTS /* tests/faults.h, whose malloc, read, ... can be made to fail */
+#include LORCH_FAULTS
+#endif
+
 /* The bare `cc lorch.c` has no -O: under GCC the file switches optimisation on itself. Contraction of
  * a*b+c into a fused operation is off: where one is meant it is written, so that every compiler agrees. */
 #if defined __GNUC__ && !defined __clang__
@@ -156,26 +160,26 @@ enum { /* Limits. Each has its reason; the tests stand on both sides. */
 };
 
 static double sys_now(void) { /* seconds, monotonic */
-    struct timespec t;
+    struct timespec t = {0, 0};
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 static double sys_cpu_now(void) { /* CPU seconds of all threads of this process */
-    struct timespec t;
+    struct timespec t = {0, 0};
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 static int64_t sys_unix_ms(void) { /* milliseconds since 1970, as X-Deadline counts them */
-    struct timespec t;
+    struct timespec t = {0, 0};
     clock_gettime(CLOCK_REALTIME, &t);
     return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
 /* "2025-10-03T20:00:00.123Z"; without the milliseconds if with_ms is 0. */
 static void sys_timestamp(char out[32], int with_ms) {
-    struct timespec t;
+    struct timespec t = {0, 0};
     struct tm tm;
     clock_gettime(CLOCK_REALTIME, &t);
     gmtime_r(&t.tv_sec, &tm);
@@ -187,7 +191,7 @@ static void sys_timestamp(char out[32], int with_ms) {
 /* Random bytes for ids and seeds; the clock helps out where the system gives none. */
 static uint64_t sys_random(void) {
     uint64_t r = 0;
-    struct timespec t;
+    struct timespec t = {0, 0};
     if (getentropy(&r, sizeof r) == 0) return r;
     clock_gettime(CLOCK_REALTIME, &t);
     return ((uint64_t)t.tv_nsec << 32 ^ (uint64_t)t.tv_sec ^ (uint64_t)getpid() << 20) * 0x9E3779B97F4A7C15u;
@@ -252,7 +256,7 @@ static void sys_cond_init(pthread_cond_t *c) {
 }
 
 static void sys_cond_wait(pthread_cond_t *c, pthread_mutex_t *m, double seconds) {
-    struct timespec t;
+    struct timespec t = {0, 0};
     clock_gettime(CLOCK_MONOTONIC, &t);
     double until = (double)t.tv_nsec * 1e-9 + seconds;
     t.tv_sec += (time_t)until;
