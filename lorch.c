@@ -5106,7 +5106,7 @@ static const char *model_layer_name(str name, char tmp[GGUF_MAX_NAME], uint64_t 
 }
 
 static int model_bind_one(model *m, const gguf_tensor *t, char *err, size_t cap) {
-    char tmp[GGUF_MAX_NAME];
+    char tmp[GGUF_MAX_NAME], shown[96];
     uint64_t layer = 0;
     unsigned may = m->arch->has | m->arch->may | T_MAY;
     const char *rest = model_layer_name(t->name, tmp, &layer);
@@ -5122,7 +5122,7 @@ static int model_bind_one(model *m, const gguf_tensor *t, char *err, size_t cap)
             if ((model_global_tensors[i].group & may) && str_is(t->name, model_global_tensors[i].name))
                 return model_bind(m, t, &model_global_tensors[i], m, err, cap);
     return sys_fail(err, cap, "%s: tensor %s is not one that lorch knows for architecture '%s' with %d layers: leaving it out would change the output",
-                    m->file->path, tmp, m->arch->name, m->n_layer);
+                    m->file->path, gguf_show(t->name, shown), m->arch->name, m->n_layer);
 }
 
 static int model_present(const model_tensor *want, const void *base) {
@@ -5268,6 +5268,8 @@ static void model_use_context(model *m, int n_ctx) {
 static int model_scan(model *m, char *err, size_t cap) {
     const struct { const char *name; int dim, *size; } sizes[] = {
         {"ffn_up_exps.weight", 1, &m->n_ff_exp}, {"ffn_up_shexp.weight", 1, &m->n_ff_shared}, {"shortconv.conv.weight", 0, &m->n_conv}};
+    if ((uint64_t)m->n_layer * 4 > m->file->n_tensors) /* the leanest layer has six */
+        return sys_fail(err, cap, "%s: block_count is %d, but the file has no more than %llu tensors", m->file->path, m->n_layer, (unsigned long long)m->file->n_tensors);
     m->layer = sys_zalloc((size_t)m->n_layer, sizeof *m->layer);
     if (!m->layer) return sys_fail(err, cap, "%s: out of memory", m->file->path);
     for (uint64_t i = 0; i < m->file->n_tensors; i++) {
