@@ -1070,7 +1070,7 @@ static double json_double(str token) { /* of a NUMBER; beyond the range of doubl
     char tmp[64];
     if (token.len < sizeof tmp) return memcpy(tmp, token.ptr, token.len), tmp[token.len] = 0, strtod(tmp, NULL);
     char *copy = str_dup(token); /* hundreds of digits: legal */
-    double v = copy ? strtod(copy, NULL) : 0;
+    double v = copy ? strtod(copy, NULL) : (double)NAN; /* out of memory: no number's value */
     free(copy);
     return v;
 }
@@ -6369,6 +6369,7 @@ typedef struct {
 } engine_event;
 
 enum {
+    ENGINE_WAITING_BYTES = 16 << 20, /* memory of jobs that wait */
     ENGINE_DRAFT = 8,       /* most tokens proposed for one job and step */
     ENGINE_DRAFT_ROWS = 16, /* of all jobs together: each needs a row of logits */
     ENGINE_ROWS = MAX_PARALLEL + ENGINE_DRAFT_ROWS,
@@ -6392,6 +6393,7 @@ struct engine_job {
     int max_tokens, n_stop, ignore_eos, special, resume_from, speculate;
     int64_t deadline_unix_ms;  /* 0: none */
     uint64_t deadline_ms;      /* as the request gave it, from its arrival */
+    int failed;                /* memory ran out while the request was read: what is here is not what was asked for */
     int has_seed, has_deadline, resumes; /* resumes: resume_from was given */
     int earlier;               /* refused because a job of this id has ended as earlier_outcome, with n_out tokens */
     enum engine_outcome earlier_outcome;
@@ -6410,6 +6412,7 @@ struct engine_job {
     int n_prompt, n_out, n_computed; /* n_computed: positions whose keys and values are in the cache */
     int n_cached;              /* of these, those that another job had computed */
     uint64_t cache_key;        /* of cache_name */
+    uint64_t bytes;            /* of its own memory, as the engine has counted it */
     kv_seq kv;
     int32_t *gram;             /* [gram_mask + 1] by hash of GRAM tokens: the position after their latest occurrence */
     uint32_t gram_mask;
@@ -6486,6 +6489,7 @@ typedef struct {
     int calibrating, never_calibrate; /* the engine thread's */
     const char *threads_because; /* what decided their number */
     uint64_t required;        /* private bytes that KV cache and scratch need */
+    uint64_t job_bytes, job_bytes_most; /* of all live jobs' own memory, under lock; no job is taken beyond */
     char fingerprint[17];     /* of the model file: set before has_fingerprint */
     int has_fingerprint;      /* atomic */
     int64_t progress_ms;      /* atomic: when the engine last made progress, on the monotonic clock */
@@ -6512,6 +6516,7 @@ static void engine_job_free(engine_job *j) {
 static void engine_job_drop(engine *e, engine_job *j) {
     pthread_mutex_lock(&e->lock);
     int left = --j->refs;
+    if (left == 0) e->job_bytes -= j->bytes;
     pthread_mutex_unlock(&e->lock);
     if (left == 0) engine_job_free(j);
 }
@@ -6697,6 +6702,19 @@ static void engine_field_error(engine_job *j, const char *field, const char *con
     buf_putc(b, '}');
 }
 
+/* The most that one job's arrays take, for n tokens of prompt and output. */
+static uint64_t engine_job_need(const engine *e, uint64_t n) {
+    uint64_t grams = 64;
+    while (grams < 2 * n) grams *= 2;
+    return n * (sizeof(int32_t) * 2 + sizeof(engine_pending)) + grams * sizeof(int32_t) + n / KV_BLOCK * 4 + (uint64_t)e->m->n_vocab / 8 + 4096;
+}
+
+static int engine_take_bytes(engine *e, engine_job *j, uint64_t bytes) { /* under lock; 0: the budget is spent */
+    if (e->job_bytes + bytes > e->job_bytes_most) return 0;
+    e->job_bytes += bytes, j->bytes += bytes;
+    return 1;
+}
+
 /* Tokenizes prompt and stop strings and allocates what the job will need. 0: out of memory. */
 static int engine_prepare(engine *e, engine_job *j) {
     tok_ids ids = {0};
@@ -6714,6 +6732,10 @@ static int engine_prepare(engine *e, engine_job *j) {
     j->n_prompt = ids.n;
     if (j->max_tokens > e->n_ctx - ids.n) j->max_tokens = e->n_ctx - ids.n;
     size_t most = (size_t)ids.n + (size_t)(j->max_tokens > 0 ? j->max_tokens : 0);
+    pthread_mutex_lock(&e->lock);
+    int fits = engine_take_bytes(e, j, engine_job_need(e, most));
+    pthread_mutex_unlock(&e->lock);
+    if (!fits) return free(ids.id), 0;
     j->token = realloc(ids.id, (most + 1) * sizeof *j->token);
     if (!j->token) return free(ids.id), 0;
     j->seen = sys_zalloc(most, sizeof *j->seen);
@@ -6868,7 +6890,7 @@ static const engine_error *engine_submit(engine *e, engine_job *j) {
         j->earlier = 1, j->earlier_outcome = known->outcome, j->n_out = known->tokens_out;
     }
     if (e->draining || e->stop || gguf_is_lost(e->m->file)) why = &ERR_NOT_READY;
-    else if (!why && e->stats.live >= e->options.n_parallel + e->options.n_queue) why = &ERR_BUSY;
+    else if (!why && (e->stats.live >= e->options.n_parallel + e->options.n_queue || !engine_take_bytes(e, j, sizeof *j + j->prompt.cap))) why = &ERR_BUSY;
     if (why) e->stats.outcome[OUTCOME_REJECTED]++;
     else {
         if (known && !known->ended) j->cancel = CANCEL_ASKED, j->t_cancel = j->t_submit;
@@ -7346,6 +7368,11 @@ static uint64_t engine_kv_want(const engine *e, kv_layout layout, uint64_t avail
     return all < available / 4 ? all : available / 4;
 }
 
+/* What jobs may take beside the KV cache: each slot its longest job, and something for those that wait. */
+static uint64_t engine_job_most(const engine *e, uint64_t n_ctx) {
+    return (uint64_t)e->options.n_parallel * (engine_job_need(e, n_ctx) + 4 * MAX_PROMPT_CHARS) + ENGINE_WAITING_BYTES;
+}
+
 static int engine_max_rows(const lorch_options *o) { /* tokens in one batch */
     int decode = o->n_parallel + ENGINE_DRAFT_ROWS;
     return o->chunk > decode ? o->chunk : decode;
@@ -7360,6 +7387,11 @@ static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, s
     const model *m = e->m;
     lorch_options *o = &e->options;
     uint64_t available = sys_memory_available(), total = sys_memory_total();
+    if (sys_kept.most_memory) { /* --max-memory counts the weights too, since they are to stay in memory */
+        uint64_t held = m->weight_bytes + engine_job_most(e, (uint64_t)(o->n_ctx ? o->n_ctx : m->n_ctx_train));
+        uint64_t left = sys_kept.most_memory > held ? sys_kept.most_memory - held : 0;
+        if (left < available) available = left;
+    }
     *layout = model_kv_layout(m, engine_kv_of(o));
     if (o->n_ctx > m->n_ctx_most)
         return sys_fail(err, cap, "--context %d is more than the %d positions that the model was made for", o->n_ctx, m->n_ctx_most);
@@ -7378,11 +7410,12 @@ static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, s
     }
     uint64_t need = e->required = blocks * layout->block_bytes + model_run_bytes(m, o->n_threads, engine_max_rows(o), o->n_parallel + ENGINE_DRAFT_ROWS);
     if (need > available)
-        return sys_fail(err, cap, "INSUFFICIENT_MEMORY: KV cache and scratch need %llu bytes, but %llu are available (see --kv-cache-size-mb, --context, --parallel)",
+        return sys_fail(err, cap, "INSUFFICIENT_MEMORY: KV cache and scratch need %llu bytes, but %llu are available (see --kv-cache-size-mb, --context, --parallel, --max-memory)",
                         (unsigned long long)need, (unsigned long long)available);
     if (m->weight_bytes + need > total)
         return sys_fail(err, cap, "INSUFFICIENT_MEMORY: weights of %llu bytes, KV cache and scratch of %llu do not fit into the %llu bytes of this machine or group",
                         (unsigned long long)m->weight_bytes, (unsigned long long)need, (unsigned long long)total);
+    e->job_bytes_most = engine_job_most(e, (uint64_t)e->n_ctx);
     *n_blocks = (int)blocks;
     return 1;
 }
@@ -7727,6 +7760,7 @@ typedef struct {
     int eof;              /* the peer has sent its FIN */
     int close_after;      /* close once `out` is sent */
     char correlation[65];
+    size_t counted;       /* bytes of its buffers as the server has counted them */
     struct route_stream *stream;
 } http_conn;
 
@@ -7893,7 +7927,8 @@ static int http_read_head(http_conn *c, const engine_error **error) {
     buf_add(&c->head, c->in.ptr, end);
     buf_drop(&c->in, end);
     c->scanned = 0, c->skipped_line = 0;
-    *error = c->head.failed ? &ERR_HEADERS : http_parse_head(&c->req, buf_str(&c->head));
+    *error = c->head.failed ? &ERR_BUSY : http_parse_head(&c->req, buf_str(&c->head));
+    if (c->head.failed) memset(&c->req, 0, sizeof c->req), c->head.failed = 0;
     c->body.len = 0, c->body_done = c->req.body_kind == BODY_NONE;
     c->chunk = CHUNK_SIZE, c->chunk_left = 0, c->chunk_digits = 0;
     c->chunk_extra = c->trailer_bytes = 0;
@@ -7965,7 +8000,7 @@ static int http_read_body(http_conn *c, const engine_error **error) {
     }
     if (c->req.body_kind == BODY_CHUNKED) done = c->chunk == CHUNK_DONE;
     buf_drop(&c->in, at);
-    if (c->body.failed) *error = &ERR_TOO_LARGE;
+    if (c->body.failed) *error = &ERR_BUSY, c->body.failed = 0;
     c->body_done = done && !*error;
     return *error ? -1 : done;
 }
@@ -8000,6 +8035,11 @@ static void http_respond(http_conn *c, int status, const char *type, const char 
     if (!head_only && status != 204) buf_add(&c->out, body.ptr, body.len);
 }
 
+static void http_respond_buf(http_conn *c, int status, const char *type, const buf *body) { /* a body that may have run out of memory */
+    http_respond(c, status, type, "", buf_str(body));
+    c->out.failed |= body->failed; /* half an answer is none: the connection ends */
+}
+
 /* An error body of the contract. details: JSON members or ""; errors: JSON objects or "". */
 static void http_error(http_conn *c, const engine_error *e, const char *message, const char *details, str errors, const char *extra) {
     buf b = {0};
@@ -8012,6 +8052,7 @@ static void http_error(http_conn *c, const engine_error *e, const char *message,
     if (errors.len) buf_puts(&b, ",\"errors\":["), buf_add(&b, errors.ptr, errors.len), buf_putc(&b, ']');
     buf_puts(&b, "}");
     http_respond(c, e->status, "application/json", extra, buf_str(&b));
+    c->out.failed |= b.failed;
     buf_free(&b);
 }
 
@@ -8034,19 +8075,19 @@ static void http_conn_free(http_conn *c) {
 }
 
 /* Reads what has come, up to HTTP_MAX_IN unused bytes. A connection that fails is DEAD afterwards. */
-static void http_receive(http_conn *c, double now) {
+static void http_receive(http_conn *c, double now) { /* I/O thread only */
+    static char part[16384]; /* so that a slow connection holds no more than what it has sent */
     if (c->in.len == 0 && c->state == HTTP_HEAD) c->t_input = now; /* a request begins */
     while (c->in.len < HTTP_MAX_IN && !c->eof) {
-        if (!buf_reserve(&c->in, 16384)) break;
-        size_t room = c->in.cap - c->in.len;
-        ssize_t n = recv(c->fd, c->in.ptr + c->in.len, room, 0);
+        size_t room = sizeof part;
+        ssize_t n = recv(c->fd, part, room, 0);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return;
         if (n < 0) c->state = HTTP_DEAD;
         if (n <= 0) c->eof = 1;
         else if (c->state == HTTP_LINGER) return; /* drained and forgotten, once for each turn of the loop */
-        if (n > 0) c->in.len += (size_t)n;
-        if (n < (ssize_t)room) return;
+        if (n > 0) buf_add(&c->in, part, (size_t)n);
+        if (n < (ssize_t)room || c->in.failed) break;
     }
     if (c->in.failed) c->state = HTTP_DEAD;
 }
@@ -8083,7 +8124,9 @@ static void http_finish(http_conn *c, double now) {
 
 enum {
     ROUTE_MAX_UNSENT = 1 << 20,  /* bytes of events that a slow reader may leave unread before its job is cancelled */
-    ROUTE_KEEP_BUFFER = 1 << 16, /* larger bodies and answers give their memory back */
+    ROUTE_KEEP_BUFFER = 1 << 16, /* larger bodies give their memory back */
+    ROUTE_MAX_BUFFERS = 32 << 20, /* bytes that all connections together may hold; beyond, only small requests are taken */
+    ROUTE_SMALL = 4096,
     ROUTE_MAX_CONNS = 8192,      /* open connections; more wait in the listen queue */
     ROUTE_SPARE_FDS = 32,        /* descriptors kept for files and the callback */
     ROUTE_STALL_S = 60           /* a busy engine without progress for so long is unhealthy */
@@ -8119,6 +8162,7 @@ typedef struct {
     int landlock_entered;        /* atomic: 1 if it could, -1 if not */
     http_conn *conn[ROUTE_MAX_CONNS];
     int n_conns, max_conns, n_streams;
+    size_t buffered;             /* bytes of all connections' buffers */
     double t_start, t_drain, t_memory, t_parent, t_accept; /* t_accept: no accept before, after EMFILE */
     pid_t parent;
     sys_memory memory;           /* refreshed once a second */
@@ -8263,6 +8307,12 @@ static void route_sink(engine_job *j, const engine_event *ev) {
 
 /* ---- streams, on the I/O thread ---- */
 
+static void route_count_buffers(route_server *s, http_conn *c) {
+    size_t now = c->in.cap + c->head.cap + c->body.cap + c->out.cap;
+    s->buffered = s->buffered - c->counted + now;
+    c->counted = now;
+}
+
 static void route_put_chunk(http_conn *c, str text) {
     if (text.len == 0) return;
     if (c->req.minor == 0) buf_add(&c->out, text.ptr, text.len);
@@ -8332,7 +8382,9 @@ static void route_take_news(route_server *s, route_stream *st, double now) {
     st->out.len = 0;
     pthread_mutex_unlock(&s->lock);
     if (c && st->refused) route_refuse(s, c, st->refused, buf_cstr(&st->message), buf_cstr(&st->details), buf_str(&st->job->field_errors));
-    if (c && (failed || c->out.failed || c->out.len > ROUTE_MAX_UNSENT)) { /* out of memory, or nobody reads */
+    if (c) route_count_buffers(s, c);
+    if (c && (failed || c->out.failed || c->out.len > ROUTE_MAX_UNSENT || (c->out.len > ROUTE_KEEP_BUFFER && s->buffered > ROUTE_MAX_BUFFERS))) {
+        /* out of memory, or nobody reads */
         c->state = HTTP_DEAD;
         if (!done) route_abandon(st);
     }
@@ -8472,6 +8524,7 @@ static const char *route_parse_job(const route_server *s, engine_job *j, str bod
         buf name = {0};
         json_unescape(key, &name);
         str n = buf_str(&name);
+        j->failed |= name.failed;
         if ((t = json_next(&r)) == JSON_ERROR) {
         } else if (str_is(n, "job_id")) has_id = 1, route_set_string(j, "job_id", t, r.token, &j->id, MAX_JOB_ID_BYTES, 1);
         else if (str_is(n, "prompt")) has_prompt = 1, route_set_string(j, "prompt", t, r.token, &j->prompt, MAX_PROMPT_CHARS, 0);
@@ -8485,6 +8538,8 @@ static const char *route_parse_job(const route_server *s, engine_job *j, str bod
     }
     if (!r.error) json_next(&r); /* nothing may follow the object */
     *at = r.pos;
+    j->failed |= j->id.failed | j->prompt.failed | j->cache_name.failed | j->field_errors.failed;
+    for (int i = 0; i < MAX_STOPS; i++) j->failed |= j->stop[i].failed;
     if (r.error) return r.error;
     if (!has_id) route_set_string(j, "job_id", JSON_END, str_of(""), &j->id, MAX_JOB_ID_BYTES, 1);
     if (!has_prompt) route_set_string(j, "prompt", JSON_END, str_of(""), &j->prompt, MAX_PROMPT_CHARS, 0);
@@ -8527,7 +8582,7 @@ static route_stream *route_stream_new(route_server *s, http_conn *c, engine_job 
 
 static const char *route_submit_message(const engine_error *why) {
     if (why == &ERR_JOB_EXISTS) return "a job with this job_id is running or queued, or has succeeded within the last minute (give resume_from to run it again)";
-    if (why == &ERR_BUSY) return "all slots are busy and the queue is full";
+    if (why == &ERR_BUSY) return "all slots are busy and the queue, or the memory for jobs, is full";
     return "the worker takes no more jobs";
 }
 
@@ -8550,7 +8605,7 @@ static void route_execute(route_server *s, http_conn *c) {
     if (wrong) snprintf(message, sizeof message, "the body is not a JSON object: %s (at byte %zu)", wrong, at);
     s->n_streams++;
     c->state = HTTP_WAIT, c->stream = st;
-    const engine_error *why = wrong || (j->field_errors.len && (!j->id.len || !j->prompt.len)) ? &ERR_INVALID : engine_submit(s->e, j);
+    const engine_error *why = j->failed ? &ERR_BUSY : wrong || (j->field_errors.len && (!j->id.len || !j->prompt.len)) ? &ERR_INVALID : engine_submit(s->e, j);
     if (!why) return;
     if (why == &ERR_INVALID) engine_count_rejected(s->e);
     char details[96] = "";
@@ -8571,7 +8626,7 @@ static void route_do_cancel(route_server *s, http_conn *c, str id) {
     json_kv_cstr(&b, "status", found == 2 ? "cancelled" : "cancelling");
     buf_putc(&b, '}');
     log_event(LOG_INFO, "cancel", c->correlation, id, found == 1 ? "\"known\":true" : found ? "\"ended\":true" : "\"known\":false");
-    http_respond(c, 202, "application/json", "", buf_str(&b));
+    http_respond_buf(c, 202, "application/json", &b);
     buf_free(&b);
 }
 
@@ -8587,8 +8642,9 @@ static void route_cancel(route_server *s, http_conn *c) { /* {"job_id":"..."} */
         json_skip(&r, t);
     }
     if (!r.error) json_next(&r);
-    if (!is_object || r.error) http_error(c, &ERR_INVALID, "the body must be a JSON object", "", str_of(""), "");
-    else if (!has_id || id.len < 1 || id.len > MAX_JOB_ID_BYTES || id.failed)
+    if (id.failed) http_error(c, &ERR_BUSY, "not enough memory for this request", "", str_of(""), "");
+    else if (!is_object || r.error) http_error(c, &ERR_INVALID, "the body must be a JSON object", "", str_of(""), "");
+    else if (!has_id || id.len < 1 || id.len > MAX_JOB_ID_BYTES)
         http_error(c, &ERR_INVALID, "job_id must be a string of 1 to 256 bytes", "", str_of(""), "");
     else route_do_cancel(s, c, buf_str(&id));
     buf_free(&id);
@@ -8609,7 +8665,8 @@ static void route_cancel_path(route_server *s, http_conn *c) { /* /cancel/{job_i
         ok = byte >= 0;
         if (ok) buf_putc(&id, (char)byte), i += 2;
     }
-    if (!ok || id.len < 1 || id.len > MAX_JOB_ID_BYTES || utf8_count(buf_str(&id)) < 0)
+    if (id.failed) http_error(c, &ERR_BUSY, "not enough memory for this request", "", str_of(""), "");
+    else if (!ok || id.len < 1 || id.len > MAX_JOB_ID_BYTES || utf8_count(buf_str(&id)) < 0)
         http_error(c, &ERR_INVALID, "the path must be /cancel/{job_id}, percent-encoded UTF-8 of 1 to 256 bytes", "", str_of(""), "");
     else route_do_cancel(s, c, buf_str(&id));
     buf_free(&id);
@@ -8653,6 +8710,7 @@ static void route_health_model(const route_server *s, buf *b) {
     json_kv_u64(b, "weights_resident", s->memory.file_pages < e->m->file->size ? s->memory.file_pages : e->m->file->size);
     json_kv_u64(b, "kv", engine_kv_bytes(e));
     json_kv_u64(b, "scratch", engine_private_bytes(e));
+    json_kv_u64(b, "requests", e->job_bytes_most + ROUTE_MAX_BUFFERS); /* what jobs and connections may take at most */
     buf_putc(b, '}');
     json_kv_cstr(b, "tokenizer_kind", e->m->tok->name);
     json_kv_int(b, "vocab_size", e->m->n_vocab);
@@ -8696,7 +8754,7 @@ static void route_health(route_server *s, http_conn *c) {
     route_health_sandbox(s, &b);
     json_kv_cstr(&b, "version", LORCH_VERSION);
     buf_putc(&b, '}');
-    http_respond(c, strcmp(status, "healthy") == 0 ? 200 : 503, "application/json", "", buf_str(&b));
+    http_respond_buf(c, strcmp(status, "healthy") == 0 ? 200 : 503, "application/json", &b);
     buf_free(&b);
 }
 
@@ -8764,7 +8822,7 @@ static void route_metrics(route_server *s, http_conn *c) {
     route_metric_hist(&p, "worker_queue_wait_seconds", "From a job's arrival to its slot.", &t.queue_wait, 1);
     route_metric_head(&p, "worker_build_info", "gauge", "Always 1; the labels say what runs.");
     buf_printf(&p.b, "worker_build_info{%s,version=\"%s\",simd=\"%s\"} 1\n", p.labels, LORCH_VERSION, s->e ? s->e->k->name : "");
-    http_respond(c, 200, "text/plain; version=0.0.4; charset=utf-8", "", buf_str(&p.b));
+    http_respond_buf(c, 200, "text/plain; version=0.0.4; charset=utf-8", &p.b);
     buf_free(&p.b);
 }
 
@@ -8901,8 +8959,14 @@ static void route_set_correlation(http_conn *c) { /* the request's, if it is har
 static const char *route_framing_message(const engine_error *e) {
     if (e == &ERR_TOO_LARGE) return "the body is larger than 1 MiB";
     if (e == &ERR_HEADERS) return "the head is larger than 16 KiB or has more than 100 headers";
+    if (e == &ERR_BUSY) return "not enough memory for this request";
     if (e == &ERR_HTTP_VERSION) return "only HTTP/1.0 and HTTP/1.1 are spoken here";
     return "malformed HTTP request";
+}
+
+/* Too much is being received and held for others: this connection is not to add to it. Small requests always may. */
+static int route_is_crowded(const route_server *s, const http_conn *c, size_t more) {
+    return s->buffered + more > ROUTE_MAX_BUFFERS && c->in.cap + c->body.cap + more > ROUTE_SMALL;
 }
 
 /* Takes the next request as far as its bytes have come. 0: nothing more to do now. */
@@ -8918,7 +8982,10 @@ static int route_step(route_server *s, http_conn *c, double now) {
         if (c->req.expect_continue && !c->body_done && c->in.len == 0) buf_puts(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
         c->state = HTTP_BODY, c->t_input = now;
     }
-    if ((got = http_read_body(c, &error)) == 0) return 0;
+    if ((got = http_read_body(c, &error)) == 0) {
+        if (!route_is_crowded(s, c, c->req.body_kind == BODY_LENGTH ? (size_t)c->req.content_length - c->body.len : 0)) return 0;
+        got = -1, error = &ERR_BUSY;
+    }
     if (got < 0) return route_reject(c, error, route_framing_message(error)), 1;
     c->state = HTTP_HEAD, c->t_input = now;
     const route *r = route_find(c->req.path);
@@ -8931,8 +8998,11 @@ static int route_step(route_server *s, http_conn *c, double now) {
 static void route_advance(route_server *s, http_conn *c, double now) {
     while ((c->state == HTTP_HEAD || c->state == HTTP_BODY) && !c->close_after && c->out.len < HTTP_MAX_OUT)
         if (!route_step(s, c, now)) break;
+    if (c->out.failed) c->state = HTTP_DEAD;
     if (c->out.len && c->state != HTTP_DEAD) http_send(c, now);
-    if (c->out.len == 0 && c->out.cap > ROUTE_KEEP_BUFFER) buf_free(&c->out);
+    if (c->out.len == 0) buf_free(&c->out);
+    if (c->in.len == 0) buf_free(&c->in);
+    route_count_buffers(s, c);
     if (c->close_after && c->out.len == 0 && c->state < HTTP_WAIT) http_finish(c, now);
     if (c->eof && c->out.len == 0 && c->state < HTTP_WAIT) c->state = HTTP_DEAD; /* nothing more can come, nothing is owed */
 }
@@ -9006,6 +9076,7 @@ static void route_sweep(route_server *s) { /* frees dead connections */
             continue;
         }
         if (c->stream) route_abandon(c->stream);
+        s->buffered -= c->counted;
         http_conn_free(c);
         s->conn[i] = s->conn[--s->n_conns];
     }
@@ -9268,7 +9339,7 @@ typedef struct {
         *kv_type, *pre, *prompt, *ids, *gpu_device, *user;
     const char *stop[MAX_STOPS];
     int n_stop;
-    int64_t port, max_tokens_in, max_tokens_out, inference_timeout_s, kv_cache_mb, parallel, queue, context, threads, chunk, drain_timeout_s, sse_ping_ms,
+    int64_t port, max_tokens_in, max_tokens_out, inference_timeout_s, kv_cache_mb, max_memory_mb, parallel, queue, context, threads, chunk, drain_timeout_s, sse_ping_ms,
         header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, n, top, top_k, bench_prompt, bench_batch, bench_rounds;
     uint64_t seed;
     double temperature, top_p, min_p, repetition_penalty;
@@ -9331,6 +9402,7 @@ static const cli_option cli_options[] = {
     {"threads", "t", CLI_INT, CLI_ENGINE, F(threads), 1, MAX_THREADS, 0, "N", "compute threads; default by affinity, CPU quota and physical cores"},
     {"kv-type", 0, CLI_CHOICE, CLI_ENGINE, F(kv_type), 0, 0, "f16", "f16|f32|q8_0", "numbers in the KV cache; default f16"},
     {"kv-cache-size-mb", 0, CLI_INT, CLI_SERVE, F(kv_cache_mb), 1, 1e12, 0, "N", "MiB of KV cache; default parallel x context, at most a quarter of free memory"},
+    {"max-memory", 0, CLI_INT, CLI_SERVE, F(max_memory_mb), 1, 1e12, 0, "MB", "MiB that weights, KV cache, scratch and requests may take together; default what is free"},
     {"chunk", 0, CLI_INT, CLI_ENGINE, F(chunk), 1, 1024, 0, "N", "most prompt tokens in one step; default 192"},
     {"no-speculate", 0, CLI_SWITCH, CLI_SERVE | CLI_GENERATE, F(no_speculate), 0, 0, 0, 0, "decode one token a step, without looking ahead in repeated text"},
     {"pre", 0, CLI_STRING, CLI_TOKENS, F(pre), 0, 0, 0, "NAME", "pre-tokenizer to use instead of the one that the file names"},
@@ -9375,6 +9447,11 @@ __attribute__((format(printf, 1, 2), noreturn)) static void cli_usage_error(cons
     exit(2);
 }
 
+__attribute__((noreturn)) static void cli_out_of_memory(void) {
+    fputs("lorch: out of memory\n", stderr);
+    exit(1);
+}
+
 /* ---- collecting values ---- */
 
 static const cli_option *cli_find(str name, enum cli_command command) {
@@ -9394,7 +9471,7 @@ static void cli_store(cli_settings *c, const cli_option *o, const char *value, i
     free(v->value);
     v->value = str_dup(str_of(value)), v->rank = rank;
     snprintf(v->source, sizeof v->source, "%s", source);
-    if (!v->value) cli_usage_error("out of memory");
+    if (!v->value) cli_out_of_memory();
 }
 
 static const cli_option *cli_match(const char *arg, enum cli_command command, const char **value) { /* --name, --name=value, -x */
@@ -9470,7 +9547,7 @@ static void cli_from_line(cli_settings *c, const char *path, int number, str lin
     if (!o || o->field == offsetof(cli_settings, config)) cli_usage_error("%s:%d: unknown key '%s'", path, number, name);
     snprintf(source, sizeof source, "%.80s:%d: %s", path, number, name);
     char *copy = str_dup(value);
-    if (!copy) cli_usage_error("out of memory");
+    if (!copy) cli_out_of_memory();
     cli_store(c, o, copy, 1, source);
     free(copy);
 }
@@ -9732,6 +9809,8 @@ static void cli_start_worker(cli_worker *w) {
         cli_end_server(w, 3);
         return;
     }
+    sys_kept.most_memory = (uint64_t)w->settings->max_memory_mb << 20;
+    if (sys_kept.most_memory) sys_kept.most_memory = sys_kept.most_memory > ROUTE_MAX_BUFFERS ? sys_kept.most_memory - ROUTE_MAX_BUFFERS : 1;
     cli_enter_sandbox(w);
     engine *e = cli_load(w);
     if (!e) {
@@ -9743,7 +9822,7 @@ static void cli_start_worker(cli_worker *w) {
     __atomic_store_n(&w->server.loaded, e, __ATOMIC_RELEASE);
     route_wake(&w->server);
     log_note(LOG_INFO, "ready", "\"port\":%d,\"ready_ms\":%.0f", w->info.port, (sys_now() - w->server.t_start) * 1000);
-    w->info.memory_bytes = e->m->weight_bytes + engine_kv_bytes(e) + engine_private_bytes(e);
+    w->info.memory_bytes = e->m->weight_bytes + engine_kv_bytes(e) + engine_private_bytes(e) + e->job_bytes_most + ROUTE_MAX_BUFFERS;
     int refused = w->has_callback && callback_run(&w->url, w->to, &w->info, &w->stop) == 0;
     if (w->to) freeaddrinfo(w->to), w->to = NULL;
     cli_leave_start(w);
@@ -9800,7 +9879,7 @@ static void cli_read_token(cli_settings *c) { /* --api-token-file, else LLORCH_A
     for (size_t i = 0; i < token.len; i++)
         if ((unsigned char)token.ptr[i] <= ' ' || (unsigned char)token.ptr[i] >= 0x7f)
             cli_usage_error("%s: the token must be printable ASCII without spaces", c->api_token_file ? cli_source("api-token-file") : "LLORCH_API_TOKEN");
-    if (token.len) c->api_token = str_dup(token);
+    if (token.len && !(c->api_token = str_dup(token))) cli_out_of_memory(); /* without it the door would stand open */
     memset(text, 0, sizeof text);
     if (env) memset(env, 0, strlen(env)), unsetenv("LLORCH_API_TOKEN");
 }

@@ -6,8 +6,8 @@
 # It needs sh, cc, make and curl, and less than five minutes on two cores. What more a test wants is taken if it is
 # there, else the test is skipped by name; .ci/run installs all of it. -v shows what passing tests have to say.
 #
-# PATTERN chooses groups (build shape unit embed accuracy tokenizer badgguf contract execute wire guard load curl config
-# asan tsan tools) by a part of their name; if it is no part of one, the tests of the test programs whose names contain it.
+# PATTERN chooses groups (build shape unit embed accuracy tokenizer badgguf contract execute wire guard faults load fuzz
+# curl config asan tsan tools) by a part of their name; if it is no part of one, the tests of the test programs whose names contain it.
 #
 # Environment: LORCH_SHARED, a directory with more models and conformance files; LORCH_TEST_FULL=1 adds what takes longer
 # (thread sanitizer, other machines, emulators); CC. Work files are in build/test; what is up to date is not built again.
@@ -27,8 +27,8 @@ MAX_COLUMNS=170 MAX_FUNCTION=70 MAX_UNMARKED=500
 LONG_FUNCTIONS=''
 STRICT='-std=c99 -pedantic -Wall -Wextra -Wshadow -Wconversion -Wundef -Wmissing-prototypes -Wstrict-prototypes'
 SANITIZE='-fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all -fno-var-tracking -g1 -O1'
-GROUPS_ALL='build shape unit embed accuracy tokenizer badgguf contract execute wire guard load curl config asan tsan tools same'
-PROGRAMS='unit embed accuracy tokenizer badgguf contract execute wire guard load'
+GROUPS_ALL='build shape unit embed accuracy tokenizer badgguf contract execute wire guard faults load fuzz curl config asan tsan tools same'
+PROGRAMS='unit embed accuracy tokenizer badgguf contract execute wire guard faults load'
 
 # ==== Results ====================================================================================
 
@@ -135,7 +135,7 @@ echo $$ >$W/pid
 
 build_plain() {
     compile lorch $W/lorch "$CC" lorch.c -o $W/lorch -lpthread -lm
-    for p in accuracy tokenizer badgguf contract execute wire guard load mkmodel; do
+    for p in accuracy tokenizer badgguf contract execute wire guard faults load mkmodel; do
         compile $p $W/$p "$CC" -std=c99 -O1 tests/$p.c -o $W/$p -lpthread -lm
     done
     # Jobs of this model last: the 14,000 tokens of a long prompt take seconds, and a token takes milliseconds.
@@ -148,6 +148,8 @@ build_plain() {
     fi
 }
 build_more() {
+    wants fuzz && compile fuzz $W/fuzz "$CC" -std=gnu99 -O1 -w tests/fuzz.c -o $W/fuzz -lpthread -lm
+    wants faults && compile lorch_faults $W/lorch-faults "$CC" -O1 -DLORCH_FAULTS='"tests/faults.h"' lorch.c -o $W/lorch-faults -lpthread -lm
     # shellcheck disable=SC2086
     wants asan && compile asan $W/lorch-asan "$CC" $SANITIZE lorch.c -o $W/lorch-asan -lpthread -lm
     wants curl && compile make lorch make -s lorch
@@ -220,11 +222,33 @@ test_shape() {
         equal "shape: the top level holds what the design names" "$out" ""
     else skip "shape: the top level holds what the design names" "no git repository"; fi
     out=$(make help | awk '{print $2}' | tr '\n' ' ')
-    equal "shape: make help names every target" "$out" "build run test bench debug asan install clean "
+    equal "shape: make help names every target" "$out" "build run test bench fuzz soak debug asan install clean "
     for word in $($W/lorch --help | grep -oE '^  --[a-z-]+' | sort -u); do
         grep -q -e "[\` ]$word[\` ]" README.md || echo "$word"
     done >$W/undocumented
     equal "shape: README.md knows every option" "$(cat $W/undocumented)" ""
+}
+
+# ==== fuzz: hostile bytes ========================================================================
+
+test_fuzz() {
+    compiled fuzz "tests/fuzz.c"
+    [ -x $W/fuzz ] || return
+    if [ -n "${LORCH_TEST_FULL:-}" ] && has clang; then # with sanitizers, and all edits
+        # shellcheck disable=SC2086
+        compile fuzz_asan $W/fuzz-asan clang -std=gnu99 -g1 -O1 -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all -w \
+            tests/fuzz.c -o $W/fuzz-asan -lpthread -lm
+        for mode in "replay tests/corpus" "run 60 tests/corpus" mutate memory; do
+            # shellcheck disable=SC2086
+            run fuzz $W/fuzz-asan $mode
+        done
+        run fuzz $W/fuzz mutate full
+    else
+        for mode in "replay tests/corpus" "run 6 tests/corpus" mutate memory; do
+            # shellcheck disable=SC2086
+            run fuzz $W/fuzz $mode
+        done
+    fi
 }
 
 # ==== curl: what a stranger does ==================================================================
@@ -400,8 +424,8 @@ test_tsan() {
 
 # ==== main =======================================================================================
 
-LORCH=$W/lorch LORCH_SLOW_MODEL=$W/slow.gguf
-export LORCH LORCH_SLOW_MODEL
+LORCH=$W/lorch LORCH_SLOW_MODEL=$W/slow.gguf LORCH_FAULTS=$W/lorch-faults
+export LORCH LORCH_SLOW_MODEL LORCH_FAULTS
 echo "TAP version 13"
 took compiling
 wanted build && test_build
@@ -412,9 +436,10 @@ wanted unit && launch unit $W/unit
 for p in accuracy tokenizer badgguf; do wanted $p && run $p $W/$p; done
 wanted unit && collect unit
 took "unit, accuracy, tokenizer, badgguf"
-for p in embed contract execute wire guard load; do
+for p in embed contract execute wire guard faults load; do
     wanted $p && run $p $W/$p && took $p
 done
+wanted fuzz && test_fuzz && took fuzz
 wanted curl && test_curl
 wanted config && test_config
 took "curl and config"

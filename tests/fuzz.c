@@ -274,7 +274,7 @@ static void http_talk(const unsigned char *p, size_t n, size_t first, size_t ste
             if (c.out.len >= sizeof go_on - 1 && memcmp(c.out.ptr, go_on, sizeof go_on - 1) == 0) buf_drop(&c.out, sizeof go_on - 1);
             int status = c.out.len > 12 ? atoi(c.out.ptr + 9) : 0;
             if (status < 200 || status > 505) wrong("status %d", status);
-            char *body = memmem(c.out.ptr, c.out.len, "\r\n\r\n", 4);
+            char *body = c.out.len ? memmem(c.out.ptr, c.out.len, "\r\n\r\n", 4) : NULL;
             if (!body) wrong("an answer without an end");
             else if (status >= 400) buf_add(out, body, c.out.len - (size_t)(body - c.out.ptr));
             buf_printf(out, "%d %.*s %d\n", status, (int)c.req.path.len, c.req.path.ptr ? c.req.path.ptr : "", c.close_after);
