@@ -219,6 +219,10 @@ static int sys_read_file(const char *path, char *buf, int cap) {
     return n;
 }
 
+static void sys_wipe(void *p, size_t n) { /* a secret's bytes; no compiler may leave it out */
+    for (volatile unsigned char *b = p; n; n--) *b++ = 0;
+}
+
 static void *sys_zalloc(size_t n, size_t size) { return calloc(n ? n : 1, size ? size : 1); }
 
 /* Zeroed pages that are not in memory until they are touched. NULL when there is no room. */
@@ -690,6 +694,56 @@ static const char *buf_cstr(buf *b) { /* ends in NUL; "" when memory ran out */
     if (b->failed) return "";
     b->len--;
     return b->ptr;
+}
+
+/* SHA-256 (FIPS 180-4), so that a token can be compared without being kept. */
+static uint32_t sha256_turn(uint32_t x, int n) { return x >> n | x << (32 - n); }
+
+static void sha256_block(uint32_t h[8], const uint32_t k[64], const unsigned char *p) {
+    uint32_t w[64], v[8];
+    for (int i = 0; i < 16; i++) w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 | (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+    for (int i = 16; i < 64; i++)
+        w[i] = w[i - 16] + w[i - 7] + (sha256_turn(w[i - 15], 7) ^ sha256_turn(w[i - 15], 18) ^ w[i - 15] >> 3) +
+               (sha256_turn(w[i - 2], 17) ^ sha256_turn(w[i - 2], 19) ^ w[i - 2] >> 10);
+    memcpy(v, h, sizeof v);
+    for (int i = 0; i < 64; i++) {
+        uint32_t e = v[4], a = v[0];
+        uint32_t t1 = v[7] + (sha256_turn(e, 6) ^ sha256_turn(e, 11) ^ sha256_turn(e, 25)) + ((e & v[5]) ^ (~e & v[6])) + k[i] + w[i];
+        uint32_t t2 = (sha256_turn(a, 2) ^ sha256_turn(a, 13) ^ sha256_turn(a, 22)) + ((a & v[1]) ^ (a & v[2]) ^ (v[1] & v[2]));
+        memmove(v + 1, v, 7 * sizeof *v);
+        v[4] += t1, v[0] = t1 + t2;
+    }
+    for (int i = 0; i < 8; i++) h[i] += v[i];
+    sys_wipe(w, sizeof w);
+}
+
+static uint32_t sha256_root(int prime, int cube) { /* the first 32 bits of the fraction of its square or cube root */
+    uint64_t root = 0;
+    for (int bit = 35; bit >= 0; bit--) { /* floor(root(prime) x 2^32), bit by bit */
+        uint64_t r = root | (uint64_t)1 << bit;
+        double x = (double)r / 4294967296.0; /* exact; the roots are far from 36-bit numbers */
+        if ((cube ? x * x * x : x * x) <= prime) root = r;
+    }
+    return (uint32_t)root;
+}
+
+static void sha256(str text, unsigned char out[32]) {
+    uint32_t h[8], k[64];
+    unsigned char last[128] = {0};
+    for (int n = 2, i = 0; i < 64; n++) {
+        int prime = 1;
+        for (int d = 2; d * d <= n; d++) prime &= n % d != 0;
+        if (!prime) continue;
+        if (i < 8) h[i] = sha256_root(n, 0);
+        k[i++] = sha256_root(n, 1);
+    }
+    size_t whole = text.len / 64 * 64, rest = text.len - whole, end = rest < 56 ? 64 : 128;
+    for (size_t at = 0; at < whole; at += 64) sha256_block(h, k, (const unsigned char *)text.ptr + at);
+    memcpy(last, text.ptr + whole, rest), last[rest] = 0x80;
+    for (int i = 0; i < 8; i++) last[end - 1 - (size_t)i] = (unsigned char)((uint64_t)text.len * 8 >> 8 * i);
+    for (size_t at = 0; at < end; at += 64) sha256_block(h, k, last + at);
+    for (int i = 0; i < 32; i++) out[i] = (unsigned char)(h[i / 4] >> (24 - i % 4 * 8));
+    sys_wipe(last, sizeof last);
 }
 
 /* ---- UTF-8 ---- */
@@ -7926,6 +7980,7 @@ static int http_read_head(http_conn *c, const engine_error **error) {
     c->head.len = 0;
     buf_add(&c->head, c->in.ptr, end);
     buf_drop(&c->in, end);
+    memset(c->in.ptr + c->in.len, 0, end < c->in.cap - c->in.len ? end : c->in.cap - c->in.len);
     c->scanned = 0, c->skipped_line = 0;
     *error = c->head.failed ? &ERR_BUSY : http_parse_head(&c->req, buf_str(&c->head));
     if (c->head.failed) memset(&c->req, 0, sizeof c->req), c->head.failed = 0;
@@ -8076,6 +8131,7 @@ static void http_conn_free(http_conn *c) {
 
 /* Reads what has come, up to HTTP_MAX_IN unused bytes. A connection that fails is DEAD afterwards. */
 static void http_receive(http_conn *c, double now) { /* I/O thread only */
+    enum { ROOM = 2048 };    /* most heads fit, so that growing leaves no copies of a token behind */
     static char part[16384]; /* so that a slow connection holds no more than what it has sent */
     if (c->in.len == 0 && c->state == HTTP_HEAD) c->t_input = now; /* a request begins */
     while (c->in.len < HTTP_MAX_IN && !c->eof) {
@@ -8086,7 +8142,8 @@ static void http_receive(http_conn *c, double now) { /* I/O thread only */
         if (n < 0) c->state = HTTP_DEAD;
         if (n <= 0) c->eof = 1;
         else if (c->state == HTTP_LINGER) return; /* drained and forgotten, once for each turn of the loop */
-        if (n > 0) buf_add(&c->in, part, (size_t)n);
+        if (n > 0 && !c->in.cap) buf_reserve(&c->in, ROOM);
+        if (n > 0) buf_add(&c->in, part, (size_t)n), memset(part, 0, (size_t)n); /* it may hold a token */
         if (n < (ssize_t)room || c->in.failed) break;
     }
     if (c->in.failed) c->state = HTTP_DEAD;
@@ -8140,7 +8197,9 @@ typedef struct { /* what is in force; written by the starter thread, each field 
 } route_sandbox;
 
 typedef struct { /* what the command line decides; strings live as long as the server */
-    const char *worker_id, *model_ref, *api_token; /* api_token NULL: none is needed */
+    const char *worker_id, *model_ref;
+    int has_token;                 /* requests need a bearer token */
+    unsigned char token_hash[32];  /* its SHA-256 */
     int max_tokens_out, header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, sse_ping_ms;
     int drain_timeout_s, exit_with_parent, check_host;          /* check_host: listens on loopback without a token */
 } route_settings;
@@ -8309,6 +8368,7 @@ static void route_sink(engine_job *j, const engine_event *ev) {
 
 static void route_count_buffers(route_server *s, http_conn *c) {
     size_t now = c->in.cap + c->head.cap + c->body.cap + c->out.cap;
+    if (c->state == HTTP_BODY && c->req.body_kind == BODY_LENGTH && c->req.content_length > c->body.cap) now += (size_t)c->req.content_length - c->body.cap;
     s->buffered = s->buffered - c->counted + now;
     c->counted = now;
 }
@@ -8870,18 +8930,20 @@ static const route *route_find(str path) {
     return NULL;
 }
 
-/* Compares without telling by its time where the texts differ. */
-static int route_same_secret(str given, const char *secret) {
-    size_t n = strlen(secret), differ = given.len ^ n;
-    for (size_t i = 0; i < given.len; i++) differ |= (unsigned char)given.ptr[i] ^ (unsigned char)secret[n ? i % n : 0];
-    return differ == 0;
-}
-
+/* The token itself is not kept: its SHA-256 is compared with that of what is given, which also takes the same time
+ * whatever differs. The given one is wiped where it stands. */
 static int route_has_token(const route_server *s, const http_request *r) {
     const http_header *h = http_find(r, "authorization");
-    if (!s->set.api_token) return 1;
-    if (!h || http_count(r, "authorization") != 1 || h->value.len < 7 || !str_ieq(str_make(h->value.ptr, 7), "bearer ")) return 0;
-    return route_same_secret(str_make(h->value.ptr + 7, h->value.len - 7), s->set.api_token);
+    unsigned char hash[32];
+    int differ = !h || http_count(r, "authorization") != 1 || h->value.len < 7 || !str_ieq(str_make(h->value.ptr, 7), "bearer ");
+    if (!s->set.has_token) return 1;
+    if (!differ) {
+        sha256(str_make(h->value.ptr + 7, h->value.len - 7), hash);
+        for (int i = 0; i < 32; i++) differ |= hash[i] ^ s->set.token_hash[i];
+    }
+    for (int i = 0; i < r->n_headers; i++)
+        if (str_ieq(r->header[i].name, "authorization")) sys_wipe((char *)(uintptr_t)r->header[i].value.ptr, r->header[i].value.len);
+    return !differ;
 }
 
 /* "localhost", "127.x.y.z" or "[::1]", with or without a port: nothing that a name server could point elsewhere. */
@@ -8966,7 +9028,8 @@ static const char *route_framing_message(const engine_error *e) {
 
 /* Too much is being received and held for others: this connection is not to add to it. Small requests always may. */
 static int route_is_crowded(const route_server *s, const http_conn *c, size_t more) {
-    return s->buffered + more > ROUTE_MAX_BUFFERS && c->in.cap + c->body.cap + more > ROUTE_SMALL;
+    size_t mine = c->in.cap + c->body.cap + more;
+    return s->buffered - c->counted + mine > ROUTE_MAX_BUFFERS && mine > ROUTE_SMALL;
 }
 
 /* Takes the next request as far as its bytes have come. 0: nothing more to do now. */
@@ -9288,19 +9351,20 @@ static int callback_post(const callback_url *u, const struct addrinfo *to, const
     int fd = callback_connect(to, until, stop), n = 0;
     if (fd < 0) return 0;
     callback_body(info, fd, &body);
+    buf_reserve(&request, 8192); /* at once: growing would leave copies of the token */
     buf_printf(&request, "POST %s HTTP/1.1\r\nHost: %.*s\r\nUser-Agent: lorch/" LORCH_VERSION "\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n",
                u->path, u->authority_len, u->authority, body.len);
     if (info->spawn_token) buf_printf(&request, "Authorization: Bearer %s\r\n", info->spawn_token);
     buf_puts(&request, "Connection: close\r\n\r\n");
     buf_add(&request, body.ptr, body.len);
-    int sent = !request.failed && send(fd, request.ptr, request.len, MSG_NOSIGNAL) == (ssize_t)request.len;
+    int sent = !request.failed && !body.failed && send(fd, request.ptr, request.len, MSG_NOSIGNAL) == (ssize_t)request.len;
     while (sent && n < 12 && callback_wait(fd, POLLIN, until, stop)) {
         ssize_t got = recv(fd, answer + n, (size_t)(12 - n), 0);
         if (got < 0 && (errno == EINTR || errno == EAGAIN)) continue;
         if (got <= 0) break;
         n += (int)got;
     }
-    if (request.ptr) memset(request.ptr, 0, request.len); /* it holds the spawn token */
+    sys_wipe(request.ptr, request.len); /* it holds the spawn token */
     buf_free(&body), buf_free(&request);
     close(fd);
     int status = n == 12 && memcmp(answer, "HTTP/1.", 7) == 0 && answer[8] == ' ' ? atoi(answer + 9) : 0;
@@ -9347,7 +9411,8 @@ typedef struct {
     /* not options */
     enum cli_command command;
     const char *file;      /* the subcommands' MODEL */
-    char *api_token;       /* owned */
+    int has_token;
+    unsigned char token_hash[32];
     const char *program;
 } cli_settings;
 
@@ -9468,6 +9533,7 @@ static void cli_store(cli_settings *c, const cli_option *o, const char *value, i
         return;
     }
     if (rank < v->rank) return;
+    if (v->value) sys_wipe(v->value, strlen(v->value));
     free(v->value);
     v->value = str_dup(str_of(value)), v->rank = rank;
     snprintf(v->source, sizeof v->source, "%s", source);
@@ -9503,7 +9569,7 @@ static void cli_from_arguments(cli_settings *c, int argc, char **argv, int first
         if (!value && ++i == argc) cli_usage_error("%s needs a value", source);
         if (!value) value = argv[i];
         cli_store(c, o, value, 3, source);
-        if (o->field == offsetof(cli_settings, spawn_token)) memset((char *)(uintptr_t)value, 'x', strlen(value)); /* argv is for everyone to see */
+        if (o->field == offsetof(cli_settings, spawn_token)) sys_wipe((char *)(uintptr_t)value, strlen(value)); /* argv is for everyone to see */
     }
 }
 
@@ -9520,7 +9586,7 @@ static void cli_from_environment(cli_settings *c) {
         char *value = getenv(name);
         if (!value) continue;
         cli_store(c, &cli_options[i], value, 2, name);
-        if (cli_options[i].field == offsetof(cli_settings, spawn_token)) memset(value, 'x', strlen(value)), unsetenv(name);
+        if (cli_options[i].field == offsetof(cli_settings, spawn_token)) sys_wipe(value, strlen(value)), unsetenv(name);
     }
 }
 
@@ -9549,6 +9615,7 @@ static void cli_from_line(cli_settings *c, const char *path, int number, str lin
     char *copy = str_dup(value);
     if (!copy) cli_out_of_memory();
     cli_store(c, o, copy, 1, source);
+    sys_wipe(copy, value.len);
     free(copy);
 }
 
@@ -9563,6 +9630,7 @@ static void cli_from_file(cli_settings *c, const char *path, const char *source)
         cli_from_line(c, path, number, str_make(p, used));
         p += len + (p[len] == '\n');
     }
+    sys_wipe(text, sizeof text); /* it may hold a token */
 }
 
 /* ---- checking values ---- */
@@ -9825,6 +9893,7 @@ static void cli_start_worker(cli_worker *w) {
     w->info.memory_bytes = e->m->weight_bytes + engine_kv_bytes(e) + engine_private_bytes(e) + e->job_bytes_most + ROUTE_MAX_BUFFERS;
     int refused = w->has_callback && callback_run(&w->url, w->to, &w->info, &w->stop) == 0;
     if (w->to) freeaddrinfo(w->to), w->to = NULL;
+    if (w->info.spawn_token) sys_wipe((char *)(uintptr_t)w->info.spawn_token, strlen(w->info.spawn_token)); /* an option's value, of no more use */
     cli_leave_start(w);
     if (refused) cli_end_server(w, 3);
     else engine_fingerprint(e, &w->stop);
@@ -9879,9 +9948,9 @@ static void cli_read_token(cli_settings *c) { /* --api-token-file, else LLORCH_A
     for (size_t i = 0; i < token.len; i++)
         if ((unsigned char)token.ptr[i] <= ' ' || (unsigned char)token.ptr[i] >= 0x7f)
             cli_usage_error("%s: the token must be printable ASCII without spaces", c->api_token_file ? cli_source("api-token-file") : "LLORCH_API_TOKEN");
-    if (token.len && !(c->api_token = str_dup(token))) cli_out_of_memory(); /* without it the door would stand open */
-    memset(text, 0, sizeof text);
-    if (env) memset(env, 0, strlen(env)), unsetenv("LLORCH_API_TOKEN");
+    if (token.len) c->has_token = 1, sha256(token, c->token_hash);
+    sys_wipe(text, sizeof text);
+    if (env) sys_wipe(env, strlen(env)), unsetenv("LLORCH_API_TOKEN");
 }
 
 static struct addrinfo *cli_resolve(const cli_settings *c) {
@@ -9922,11 +9991,12 @@ static void cli_check_serve(cli_settings *c, cli_worker *w) {
 }
 
 static void cli_route_settings(const cli_settings *c, int loopback, route_settings *s) {
-    s->worker_id = c->worker_id, s->model_ref = c->model_ref, s->api_token = c->api_token;
+    s->worker_id = c->worker_id, s->model_ref = c->model_ref, s->has_token = c->has_token;
+    memcpy(s->token_hash, c->token_hash, sizeof s->token_hash);
     s->max_tokens_out = (int)c->max_tokens_out, s->header_timeout_ms = (int)c->header_timeout_ms, s->body_timeout_ms = (int)c->body_timeout_ms;
     s->idle_timeout_ms = (int)c->idle_timeout_ms, s->write_timeout_ms = (int)c->write_timeout_ms, s->sse_ping_ms = (int)c->sse_ping_ms;
     s->drain_timeout_s = (int)c->drain_timeout_s, s->exit_with_parent = c->exit_with_parent;
-    s->check_host = loopback && !c->api_token;
+    s->check_host = loopback && !c->has_token;
 }
 
 static int cli_open_server(cli_worker *w, const route_settings *set) {
@@ -10002,7 +10072,6 @@ static void cli_close_server(cli_worker *w) {
     if (sys_kept.statm >= 0) close(sys_kept.statm);
     if (sys_kept.file >= 0) close(sys_kept.file);
     if (w->to) freeaddrinfo(w->to);
-    free(w->settings->api_token);
     for (int i = 0; i < N_CLI_OPTIONS; i++) free(cli_values[i].value);
 }
 
@@ -10018,7 +10087,7 @@ static int cli_serve(cli_settings *c) {
     if (c->user) cli_find_user(c, &uid, &gid);
     struct addrinfo *a = cli_resolve(c);
     enum cli_reach reach = cli_reach_of(a->ai_addr);
-    if (reach != CLI_LOOPBACK && !c->api_token && !c->insecure)
+    if (reach != CLI_LOOPBACK && !c->has_token && !c->insecure)
         cli_usage_error("%s: %s is open to others: give --api-token-file (or LLORCH_API_TOKEN), or --insecure", cli_source("host"), c->host);
     log_state.quiet = 0, log_state.json = c->log_format ? strcmp(c->log_format, "json") == 0 : !isatty(STDERR_FILENO);
     for (int i = 0; i <= LOG_TRACE; i++)

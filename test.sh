@@ -6,8 +6,8 @@
 # It needs sh, cc, make and curl, and less than five minutes on two cores. What more a test wants is taken if it is
 # there, else the test is skipped by name; .ci/run installs all of it. -v shows what passing tests have to say.
 #
-# PATTERN chooses groups (build shape unit embed accuracy tokenizer badgguf contract execute wire guard faults load fuzz
-# curl config asan tsan tools) by a part of their name; if it is no part of one, the tests of the test programs whose names contain it.
+# PATTERN chooses groups (build shape unit embed accuracy tokenizer badgguf contract execute wire guard faults load stress
+# fuzz curl config asan tsan tools) by a part of their name; if it is no part of one, the tests of the test programs whose names contain it.
 #
 # Environment: LORCH_SHARED, a directory with more models and conformance files; LORCH_TEST_FULL=1 adds what takes longer
 # (thread sanitizer, other machines, emulators); CC. Work files are in build/test; what is up to date is not built again.
@@ -27,8 +27,8 @@ MAX_COLUMNS=170 MAX_FUNCTION=70 MAX_UNMARKED=500
 LONG_FUNCTIONS=''
 STRICT='-std=c99 -pedantic -Wall -Wextra -Wshadow -Wconversion -Wundef -Wmissing-prototypes -Wstrict-prototypes'
 SANITIZE='-fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all -fno-var-tracking -g1 -O1'
-GROUPS_ALL='build shape unit embed accuracy tokenizer badgguf contract execute wire guard faults load fuzz curl config asan tsan tools same'
-PROGRAMS='unit embed accuracy tokenizer badgguf contract execute wire guard faults load'
+GROUPS_ALL='build shape unit embed accuracy tokenizer badgguf contract execute wire guard faults load stress fuzz curl config asan tsan tools same'
+PROGRAMS='unit embed accuracy tokenizer badgguf contract execute wire guard faults load stress'
 
 # ==== Results ====================================================================================
 
@@ -135,7 +135,7 @@ echo $$ >$W/pid
 
 build_plain() {
     compile lorch $W/lorch "$CC" lorch.c -o $W/lorch -lpthread -lm
-    for p in accuracy tokenizer badgguf contract execute wire guard faults load mkmodel; do
+    for p in accuracy tokenizer badgguf contract execute wire guard faults load stress mkmodel; do
         compile $p $W/$p "$CC" -std=c99 -O1 tests/$p.c -o $W/$p -lpthread -lm
     done
     # Jobs of this model last: the 14,000 tokens of a long prompt take seconds, and a token takes milliseconds.
@@ -436,7 +436,7 @@ wanted unit && launch unit $W/unit
 for p in accuracy tokenizer badgguf; do wanted $p && run $p $W/$p; done
 wanted unit && collect unit
 took "unit, accuracy, tokenizer, badgguf"
-for p in embed contract execute wire guard faults load; do
+for p in embed contract execute wire guard faults load stress; do
     wanted $p && run $p $W/$p && took $p
 done
 wanted fuzz && test_fuzz && took fuzz

@@ -253,7 +253,8 @@ static route_server *http_server(int variant) {
         pthread_mutex_init(&s.lock, NULL);
     }
     s.set.worker_id = "w", s.set.model_ref = "file:m", s.set.max_tokens_out = 99;
-    s.set.api_token = variant & 1 ? "secret" : NULL, s.set.check_host = variant >> 1 & 1;
+    s.set.has_token = variant & 1, s.set.check_host = variant >> 1 & 1;
+    sha256(str_of("secret"), s.set.token_hash);
     s.e = variant & 4 ? NULL : fuzz_engine, s.status = s.e ? ROUTE_READY : ROUTE_LOADING;
     return &s;
 }

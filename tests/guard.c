@@ -192,6 +192,104 @@ static void test_file_removed(void) {
     worker_end(w);
 }
 
+/* ==== Secrets ================================================================================== */
+
+/* How often a text stands in the memory of a process, environment and arguments included. */
+static int found_in_memory(const worker *w, const char *secret) {
+    char *maps = proc_text(w, "maps"), line[512];
+    int fd = open(text("/proc/%ld/mem", (long)w->pid), O_RDONLY), n = 0;
+    if (fd < 0) return -1;
+    for (char *p = maps; *p; p += strcspn(p, "\n"), p += *p == '\n') {
+        unsigned long from, to;
+        snprintf(line, sizeof line, "%.*s", (int)strcspn(p, "\n"), p);
+        if (sscanf(line, "%lx-%lx rw", &from, &to) != 2 || !strstr(line, " rw") || to - from > 1ul << 28) continue;
+        char *bytes = malloc(to - from);
+        ssize_t got = bytes ? pread(fd, bytes, to - from, (off_t)from) : 0;
+        for (char *q = bytes; got > 0 && (q = memmem(q, (size_t)(bytes + got - q), secret, strlen(secret))) != NULL; q++) n++;
+        free(bytes);
+    }
+    close(fd);
+    return n;
+}
+
+static void test_secrets(void) {
+    char *token = text("api-%ld-0123456789abcdef", (long)getpid()), *spawn = text("spawn-%ld-fedcba9876543210", (long)getpid());
+    for (int way = 0; way < 3; way++) { /* from the environment, a file, the command line and a config file */
+        manager *m = manager_start("200");
+        char *url = text("http://127.0.0.1:%d/ready", m->port), *file = temp_file("token", token, strlen(token)), *config = text("spawn-token: %s\n", spawn);
+        config = temp_file("config", config, strlen(config));
+        worker *w = way == 0 ? ready_worker(text("LLORCH_API_TOKEN=%s", token), text("LLORCH_SPAWN_TOKEN=%s", spawn), "--model", tiny_model(), "--callback-url", url)
+                  : way == 1 ? ready_worker("--api-token-file", file, "--spawn-token", spawn, "--model", tiny_model(), "--callback-url", url, "--log-level", "TRACE")
+                             : ready_worker("--api-token-file", file, "--config", config, "--model", tiny_model(), "--callback-url", url);
+        CHECK(manager_wait(m, 1, bound_ms(5000)), "no callback");
+        CHECK(strstr(manager_call(m, 0).raw, text("Bearer %s", spawn)), "the spawn token is not in the callback");
+        char *auth = text("Authorization: Bearer %s\r\n", token), *bad = text("Authorization: Bearer %sx\r\n", token);
+        for (int i = 0; i < 3; i++) {
+            CHECK_NUM(http(w->port, "GET", "/metrics", auth, NULL)->status, 200, "/metrics with the token");
+            CHECK_NUM(http(w->port, "GET", "/metrics", bad, NULL)->status, 401, "/metrics with another");
+            CHECK_NUM(http(w->port, "POST", "/execute", text("%sContent-Type: application/json\r\n", auth), "{}")->status, 400, "/execute");
+        }
+        CHECK(!strstr(worker_log(w), token) && !strstr(worker_log(w), spawn), "a token is in the log");
+        static const char *const files[] = {"cmdline", "environ"};
+        for (size_t i = 0; i < COUNT(files); i++) {
+            size_t n = 0;
+            char *s = text_file(text("/proc/%ld/%s", (long)w->pid, files[i]), &n);
+            if (s) CHECK(!memmem(s, n, token, strlen(token)) && !memmem(s, n, spawn, strlen(spawn)), "way %d: a token is in %s", way, files[i]);
+        }
+        nap_ms(50);
+        if (bound_ms(1) == 1) { /* a sanitizer keeps what was freed */
+            int api = found_in_memory(w, token), other = found_in_memory(w, spawn);
+            CHECK(found_in_memory(w, m->port ? url : "") != 0, "the search finds nothing at all"); /* -1: not allowed to look */
+            CHECK(api <= 0 && other <= 0, "way %d: in memory: %d times the token, %d times the spawn token", way, api, other);
+        }
+        size_t n = 0;
+        CHECK_TEXT(text_file(file, &n), token, "the token file is not changed");
+        worker_end(w);
+        manager_end(m);
+        unlink(file), unlink(config);
+    }
+}
+
+/* ==== Memory and descriptors =================================================================== */
+
+static void test_max_memory(void) {
+    worker *w = start("--model", tiny_model(), "--max-memory", "8");
+    CHECK_NUM(worker_exit(w, bound_ms(5000)), 1, "--max-memory 8");
+    CHECK(strstr(worker_log(w), "INSUFFICIENT_MEMORY") && strstr(worker_log(w), "memory_required_bytes"), "%s", worker_tail(w));
+    worker_drop(w);
+    w = start("--model", tiny_model(), "--kv-cache-size-mb", "4096", "--max-memory", "256");
+    CHECK_NUM(worker_exit(w, bound_ms(5000)), 1, "a KV cache of 4 GiB");
+    worker_drop(w);
+    manager *m = manager_start("200");
+    w = ready_worker("--model", tiny_model(), "--max-memory", "200", "--callback-url", text("http://127.0.0.1:%d/", m->port));
+    CHECK(manager_wait(m, 1, bound_ms(5000)), "no callback");
+    const char *body = strstr(manager_call(m, 0).raw, "\r\n\r\n");
+    CHECK(body && json_num(body + 4, "memory_bytes") <= 200 * 1048576.0, "announced: %s", body ? body : "");
+    worker_end(w);
+    manager_end(m);
+}
+
+/* With few descriptors: connections wait in the queue, are taken when others go, and /health comes back. */
+static void test_few_descriptors(void) {
+    struct rlimit old, few = {48, 48};
+    conn *c[80];
+    getrlimit(RLIMIT_NOFILE, &old);
+    few.rlim_max = old.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &few);
+    worker *w = ready_worker("--model", tiny_model());
+    setrlimit(RLIMIT_NOFILE, &old);
+    /* The worker raises its soft limit; what is left is lowered from outside. */
+    few.rlim_max = 48;
+    if (prlimit(w->pid, RLIMIT_NOFILE, &few, NULL)) SKIP("prlimit is not allowed");
+    for (size_t i = 0; i < COUNT(c); i++) c[i] = conn_open(w->port);
+    nap_ms(300); /* accept fails meanwhile, and is tried again */
+    CHECK(!worker_gone(w), "the worker ended: %s", worker_tail(w));
+    for (size_t i = 0; i < COUNT(c); i++) conn_close(c[i]);
+    CHECK_NUM(get(w->port, "/health")->status, 200, "/health afterwards");
+    CHECK_NUM(stream_tokens(job_run(w->port, "'max_tokens':4,'ignore_eos':true")), 4, "tokens");
+    worker_end(w);
+}
+
 static const test tests[] = {
     {"sandbox: every thread, as the kernel says [SYS-9.1]", test_sandbox},
     {"sandbox: --no-sandbox", test_no_sandbox},
@@ -199,6 +297,9 @@ static const test tests[] = {
     {"sandbox: --user", test_user},
     {"a model file that is cut ends the jobs, not the worker", test_file_cut},
     {"a model file that is removed changes nothing", test_file_removed},
+    {"secrets: not in memory, environment, arguments or logs [SYS-9.1]", test_secrets},
+    {"memory: --max-memory is kept, or refused with the numbers", test_max_memory},
+    {"descriptors: accept waits until some are free", test_few_descriptors},
 };
 
 int main(int argc, char **argv) { return tests_main(tests, COUNT(tests), argc, argv); }

@@ -293,6 +293,26 @@ static void test_json_files(void) {
     CHECK(n > 300, "only %d files", n);
 }
 
+static void test_sha256(void) { /* the examples of FIPS 180-4, and lengths around the padding */
+    static const struct { const char *text; int times; const char *hash; } rows[] = {
+        {"", 0, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"},
+        {"abc", 1, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"},
+        {"abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq", 1, "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1"},
+        {"a", 1000, "41edece42d63e8d9bf515a9ba6932e1c20cbc9f5a5d134645adb5db1b9737ea3"},
+        {"a", 55, "9f4390f8d30c2dd92ec9f095b65e2b9ae9b0a925a5258e241c9f1e910f734318"},
+        {"a", 64, "ffe054fe7ae0cb6dc65c3af9b61d5209f439851db43d0ba5997337df154668eb"}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        buf b = {0};
+        unsigned char hash[32];
+        char hex[65];
+        for (int k = 0; k < rows[i].times; k++) buf_puts(&b, rows[i].text);
+        sha256(buf_str(&b), hash);
+        for (int k = 0; k < 32; k++) sprintf(hex + 2 * k, "%02x", hash[k]);
+        CHECK(strcmp(hex, rows[i].hash) == 0, "row %d: %s", (int)i, hex);
+        buf_free(&b);
+    }
+}
+
 static void test_buf_and_str(void) {
     buf b = {0};
     for (int i = 0; i < 1000; i++) buf_printf(&b, "%d,", i);
@@ -1257,6 +1277,7 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     {"json: skipping values", test_json_skip},
     {"json: writing", test_json_writer},
     {"json: the conformance files", test_json_files},
+    {"text: SHA-256", test_sha256},
     {"numbers: half floats", test_half_floats},
     {"numbers: fused multiply-add", test_fma},
     {"numbers: exp and log", test_exp_log},
