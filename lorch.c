@@ -7464,8 +7464,8 @@ static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, s
     }
     uint64_t need = e->required = blocks * layout->block_bytes + model_run_bytes(m, o->n_threads, engine_max_rows(o), o->n_parallel + ENGINE_DRAFT_ROWS);
     if (need > available)
-        return sys_fail(err, cap, "INSUFFICIENT_MEMORY: KV cache and scratch need %llu bytes, but %llu are available (see --kv-cache-size-mb, --context, --parallel, --max-memory)",
-                        (unsigned long long)need, (unsigned long long)available);
+        return sys_fail(err, cap, "INSUFFICIENT_MEMORY: KV cache and scratch need %llu bytes, but %llu are available (see --kv-cache-size-mb, --context, "
+                                  "--parallel, --max-memory)", (unsigned long long)need, (unsigned long long)available);
     if (m->weight_bytes + need > total)
         return sys_fail(err, cap, "INSUFFICIENT_MEMORY: weights of %llu bytes, KV cache and scratch of %llu do not fit into the %llu bytes of this machine or group",
                         (unsigned long long)m->weight_bytes, (unsigned long long)need, (unsigned long long)total);

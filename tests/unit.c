@@ -286,7 +286,8 @@ static void test_json_files(void) {
         enum json_type t;
         do t = json_next(&r);
         while (t != JSON_ERROR && t != JSON_END);
-        if (e->d_name[0] != 'i') CHECK((t == JSON_END) == (e->d_name[0] == 'y'), "%s is %s", e->d_name, t == JSON_END ? "accepted" : r.error);
+        int want = e->d_name[0] == 'y' || !strncmp(e->d_name, "i_number_", 9); /* free to choose: all numbers, nothing that is not UTF-8, depth 64 */
+        CHECK((t == JSON_END) == want, "%s is %s", e->d_name, t == JSON_END ? "accepted" : r.error);
         free(exact), n++;
     }
     if (d) closedir(d);
