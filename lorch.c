@@ -275,10 +275,10 @@ static struct {
     int statm;               /* /proc/self/statm, or -1 */
     const char *path;        /* the model file: opened as `file`, or -1 with the errno in `why` */
     int file, why, writable;
-    uint64_t available, most_memory; /* most_memory: --max-memory; 0: no limit of its own */
+    uint64_t available, total, most_memory; /* most_memory: --max-memory; 0: no limit of its own */
     int threads;
     const char *threads_because;
-} sys_kept = {0, -1, NULL, -1, 0, 0, 0, 0, 0, ""};
+} sys_kept = {0, -1, NULL, -1, 0, 0, 0, 0, 0, 0, ""};
 
 /* A descriptor of the file for reading, or -1 with errno; *writable: whether this process could write it. */
 static int sys_open(const char *path, int *writable) {
@@ -414,6 +414,7 @@ static void sys_memory_limit_in(const char *dir, int version, void *user) {
 static uint64_t sys_memory_total(void) {
     long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
     double least = pages > 0 && size > 0 ? (double)pages * (double)size : 1e18;
+    if (sys_kept.closed) return sys_kept.total;
     sys_cgroup_walk("memory", sys_memory_limit_in, &least);
     return (uint64_t)least;
 }
@@ -453,7 +454,7 @@ static sys_memory sys_memory_used(void) {
 
 static void sys_keep(void) { /* reads all that will be asked for, before the sandbox closes */
     char now[32];
-    sys_kept.available = sys_memory_available();
+    sys_kept.available = sys_memory_available(), sys_kept.total = sys_memory_total();
     sys_kept.threads = sys_default_threads(&sys_kept.threads_because);
     sys_timestamp(now, 0); /* the C library looks for a time zone once */
     sys_kept.closed = 1;
@@ -5467,7 +5468,8 @@ static void model_name(model *m) {
         [25] = "IQ4_NL", [30] = "IQ4_XS", [32] = "BF16", [38] = "MXFP4"};
     uint64_t type = gguf_get_uint(m->file, "general.file_type", 999);
     const char *known = type < sizeof kinds / sizeof *kinds ? kinds[type] : NULL;
-    snprintf(m->quant, sizeof m->quant, "%s", known ? known : m->layer ? m->layer[0].q.format->name : "none");
+    const quant_format *first = m->layer && m->layer[0].q.format ? m->layer[0].q.format : m->token_embd.format; /* a layer of convolutions has no q */
+    snprintf(m->quant, sizeof m->quant, "%s", known ? known : first ? first->name : "none");
     str name = gguf_get_str(m->file, "general.name");
     if (name.len == 0 || utf8_count(name) < 0) {
         const char *slash = strrchr(m->file->path, '/');

@@ -2,7 +2,7 @@
  *
  * fuzz: hostile bytes for every parser of lorch, from inside.
  *
- *   cc -O1 -DMKMODEL_NO_MAIN tests/fuzz.c -o fuzz -lpthread -lm
+ *   cc -O1 tests/fuzz.c -o fuzz -lpthread -lm          (build/test/mkmodel makes its models)
  *   fuzz replay DIR             every file of DIR/TARGET/ through its target
  *   fuzz run SECONDS DIR        new inputs, made of the files of DIR by changing, cutting and joining them
  *   fuzz mutate [full]          damaged GGUF files of all architectures and formats: cuts, flips, edits
@@ -12,28 +12,17 @@
  * The targets check more than that nothing crashes: HTTP must not depend on how bytes are split, JSON and token texts
  * must survive the way there and back, a GGUF file must not cost more than four times its size.
  * Prints `ok - name`, `not ok - name`, and `# ` lines with figures. */
-#define MKMODEL_NO_MAIN
 #define _GNU_SOURCE
-#define DIM_NONE MK_DIM_NONE /* lorch.c has enumerators of these names */
-#define DIM_EMBD MK_DIM_EMBD
-#define DIM_FF MK_DIM_FF
-#define DIM_Q MK_DIM_Q
-#define DIM_KV MK_DIM_KV
-#define DIM_HEAD MK_DIM_HEAD
-#define DIM_VOCAB MK_DIM_VOCAB
-#include "mkmodel.c"
-#undef DIM_NONE
-#undef DIM_EMBD
-#undef DIM_FF
-#undef DIM_Q
-#undef DIM_KV
-#undef DIM_HEAD
-#undef DIM_VOCAB
-
 #include <dirent.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 /* ==== lorch, with its ways out closed =========================================================
@@ -77,6 +66,28 @@ __attribute__((format(printf, 1, 2))) static void wrong(const char *fmt, ...) {
     va_start(ap, fmt);
     vsnprintf(fuzz_what, sizeof fuzz_what, fmt, ap);
     va_end(ap);
+}
+
+static uint64_t mk_random(uint64_t *state) { /* SplitMix64 */
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+/* Makes a model of "ARCH FORMAT KEY=VALUE ..." with build/test/mkmodel. */
+static void make_model(const char *make, const char *path) {
+    char copy[300], *args[40] = {"build/test/mkmodel"};
+    int n = 1, status = 0;
+    snprintf(copy, sizeof copy, "%s", make);
+    for (char *w = strtok(copy, " "); w && n < 38; w = strtok(NULL, " ")) {
+        args[n++] = w;
+        if (n == 3) args[n++] = (char *)(uintptr_t)path;
+    }
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) execv(args[0], args), _exit(127);
+    if (child < 0 || waitpid(child, &status, 0) < 0 || status) fprintf(stderr, "%s: %s: status %d\n", args[0], make, status), abort();
 }
 
 /* ==== UTF-8 ==================================================================================== */
@@ -163,26 +174,29 @@ static void fuzz_json(const unsigned char *p, size_t n) {
 static char fuzz_path[64]; /* a file in memory */
 static int fuzz_fd = -1;
 
-static void gguf_file_of(const void *p, size_t n) {
-    enum { MOST = 1 << 21 };
-    static unsigned char *map;
+static unsigned char *fuzz_map; /* its bytes */
+
+static void gguf_size(size_t n) {
+    enum { MOST = 1 << 24 };
     static size_t size;
     if (fuzz_fd < 0) {
         fuzz_fd = memfd_create("fuzz", 0);
         snprintf(fuzz_path, sizeof fuzz_path, "/proc/self/fd/%d", fuzz_fd);
-        if (fuzz_fd < 0 || ftruncate(fuzz_fd, size = MOST)) perror("memfd"), abort();
-        map = mmap(NULL, MOST, PROT_READ | PROT_WRITE, MAP_SHARED, fuzz_fd, 0);
-        if (map == MAP_FAILED) perror("mmap"), abort();
+        if (fuzz_fd < 0 || ftruncate(fuzz_fd, (off_t)(size = MOST))) perror("memfd"), abort();
+        fuzz_map = mmap(NULL, MOST, PROT_READ | PROT_WRITE, MAP_SHARED, fuzz_fd, 0);
+        if (fuzz_map == MAP_FAILED) perror("mmap"), abort();
     }
     if (n > MOST) abort();
     if (n != size && ftruncate(fuzz_fd, (off_t)(size = n))) perror("memfd"), abort();
-    if (n) memcpy(map, p, n);
+}
+static void gguf_file_of(const void *p, size_t n) {
+    gguf_size(n);
+    if (n) memcpy(fuzz_map, p, n);
 }
 
 /* Loads a file as a worker does. 1: it is good. */
-static int gguf_try(const void *p, size_t n) {
+static int gguf_try(size_t n) {
     char err[LORCH_ERROR_BYTES] = "";
-    gguf_file_of(p, n);
     faults.sum = faults.most = 0;
     model *m = model_load(fuzz_path, NULL, err, sizeof err);
     size_t sum = faults.sum, bound = n * 4 > 65536 ? n * 4 : 65536;
@@ -192,7 +206,10 @@ static int gguf_try(const void *p, size_t n) {
     return m != NULL;
 }
 
-static void fuzz_gguf(const unsigned char *p, size_t n) { gguf_try(p, n); }
+static void fuzz_gguf(const unsigned char *p, size_t n) {
+    gguf_file_of(p, n);
+    gguf_try(n);
+}
 
 /* ==== Tokenizer ================================================================================ */
 
@@ -213,9 +230,8 @@ static void fuzz_tokenizer(const unsigned char *p, size_t n) {
     static const char *const pres[] = {"default", "gpt-2", "llama-bpe", "dbrx", "smaug-bpe", "qwen2", "smollm", "falcon"};
     if (!n_fuzz_tok) {
         for (size_t i = 0; i < sizeof pres / sizeof *pres; i++) tok_of("tests/models/lorch-tiny-q8_0.gguf", pres[i]);
-        const char *spm[] = {"llama", "f32", "build/test/fuzz-spm.gguf", "embd=32", "ff=32", "layers=1", "heads=2", "kv=1", "hd=16", "vocab=400"};
-        if (mkmodel_write(10, spm)) abort();
-        tok_of(spm[2], NULL);
+        make_model("llama f32 embd=32 ff=32 layers=1 heads=2 kv=1 hd=16 vocab=400", "build/test/fuzz-spm.gguf");
+        tok_of("build/test/fuzz-spm.gguf", NULL);
     }
     if (n == 0) return;
     const tok *t = fuzz_tok[*p % n_fuzz_tok].t;
@@ -240,13 +256,13 @@ static engine *fuzz_engine; /* without threads; takes no job: all are refused as
 static route_server *http_server(int variant) {
     static route_server s;
     if (!fuzz_engine) {
-        const char *args[] = {"llama", "f32", "build/test/fuzz-http.gguf", "embd=32", "ff=32", "layers=1", "heads=2", "kv=1", "hd=16", "vocab=300", "ctx=64"};
+        static const char path[] = "build/test/fuzz-http.gguf";
         char err[LORCH_ERROR_BYTES];
         lorch_options o;
         lorch_defaults(&o);
         o.n_threads = 1, o.n_parallel = 1;
-        if (mkmodel_write(11, args)) abort();
-        model *m = model_load(args[2], NULL, err, sizeof err);
+        make_model("llama f32 embd=32 ff=32 layers=1 heads=2 kv=1 hd=16 vocab=300 ctx=64", path);
+        model *m = model_load(path, NULL, err, sizeof err);
         fuzz_engine = m ? engine_open(m, &o, 0, NULL, err, sizeof err) : NULL;
         if (!fuzz_engine) fprintf(stderr, "%s\n", err), abort();
         fuzz_engine->options.n_parallel = fuzz_engine->options.n_queue = 0;
@@ -504,70 +520,69 @@ static void run(double seconds, const char *dir) {
 
 /* ==== Damaged models =========================================================================== */
 
-static const char *const makes[] = {
-    "llama f32 tokenizer=spm", "llama q8_0 tokenizer=bpe", "qwen2 q4_0", "qwen3 q4_k embd=256 hd=256 heads=1 kv=1 ff=256", "llama f16 version=2", "llama bf16 tied=1",
-    "llama q4_1", "llama q5_0 freq_factors=1", "llama q5_1", "llama q2_k embd=256 hd=256 heads=1 kv=1 ff=256", "llama q3_k embd=256 hd=256 heads=1 kv=1 ff=256",
-    "qwen2 q5_k embd=256 hd=256 heads=1 kv=1 ff=256", "llama q6_k embd=256 hd=256 heads=1 kv=1 ff=256", "llama iq4_nl", "qwen3 iq4_xs embd=256 hd=256 heads=1 kv=1 ff=256",
-    "llama mxfp4"};
+#define SMALL " vocab=300 ctx=64"
+#define TINY SMALL " embd=32 ff=32 layers=1 heads=2 kv=1 hd=16"
+#define WIDE SMALL " embd=256 ff=256 layers=1 heads=1 kv=1 hd=256"
+static const char *const makes[] = { /* all formats, then all families */
+    "llama f32 tokenizer=spm" TINY, "llama q8_0 tokenizer=bpe" TINY, "qwen2 q4_0" TINY, "qwen3 q4_k" WIDE, "llama f16 version=2" TINY, "llama bf16 tied=1" TINY,
+    "llama q4_1" TINY, "llama q5_0 freq_factors=1" TINY, "llama q5_1" TINY, "llama q2_k" WIDE, "llama q3_k" WIDE, "qwen2 q5_k" WIDE, "llama q6_k" WIDE,
+    "llama iq4_nl" TINY, "qwen3 iq4_xs" WIDE, "llama mxfp4" TINY, "qwen2moe f16" SMALL, "qwen3moe f16" SMALL, "gemma2 f16" SMALL, "gemma3 f16" SMALL, "phi3 f16" SMALL,
+    "gpt2 f16" SMALL, "gpt-oss f16" SMALL, "smollm3 f16" SMALL, "olmo2 f16" SMALL, "olmoe f16" SMALL, "granite f16" SMALL, "granitemoe f16" SMALL,
+    "starcoder2 f16" SMALL, "stablelm f16" SMALL, "command-r f16" SMALL, "cohere2 f16" SMALL, "exaone4 f16" SMALL, "ernie4_5 f16" SMALL, "glm4 f16" SMALL,
+    "lfm2 f16" SMALL, "lfm2moe f16" SMALL, "deepseek2 f16" SMALL};
 enum { N_MAKES = sizeof makes / sizeof *makes };
 
-static unsigned char *made(const char *make, size_t *n, size_t *header) {
+static void made(const char *make, size_t *n, size_t *header) { /* into fuzz_map */
     static const char path[] = "build/test/fuzz.gguf";
-    const char *args[40];
-    char copy[300], err[LORCH_ERROR_BYTES];
-    int k = 0;
-    snprintf(copy, sizeof copy, "%s", make);
-    for (char *w = strtok(copy, " "); w; w = strtok(NULL, " ")) {
-        args[k++] = w;
-        if (k == 2) {
-            static const char *const small[] = {path, "embd=32", "ff=32", "layers=1", "heads=2", "kv=1", "hd=16", "vocab=300", "ctx=64"};
-            for (size_t i = 0; i < sizeof small / sizeof *small; i++) args[k++] = small[i];
-        }
-    }
-    gguf_file *g = mkmodel_write(k, args) ? NULL : gguf_open(path, err, sizeof err);
-    if (!g) printf("not ok - %s\n", make), abort();
+    char err[LORCH_ERROR_BYTES];
+    make_model(make, path);
+    gguf_file *g = gguf_open(path, err, sizeof err);
+    if (!g) printf("not ok - %s: %s\n", make, err), abort();
     *n = (size_t)g->size, *header = (size_t)g->data_start;
-    unsigned char *p = malloc(*n);
-    if (!p) abort();
-    memcpy(p, g->map, *n);
+    gguf_file_of(g->map, *n);
     gguf_close(g);
-    return p;
 }
 
 static long mutate_one(const char *make, int full) {
     static const unsigned char others[] = {0, 0xff, 0x7f, 0x80};
     size_t n, header;
-    unsigned char *p = made(make, &n, &header), *q = malloc(n);
     long count = 0;
     uint64_t rng = 7;
-    if (!q) abort();
-    if (!gguf_try(p, n)) wrong("%s: the whole file is refused", make);
-    for (size_t cut = 0; cut < n && !*fuzz_what; cut += cut < header ? full ? 1 : 1 + cut / 64 : full ? 13 : 997, count++) /* every beginning */
-        if (alarm(60), gguf_try(p, cut)) wrong("%s: cut at %zu of %zu, and taken", make, cut, n);
-    memcpy(q, p, n);
+    made(make, &n, &header);
+    unsigned char *p = malloc(header), *q = fuzz_map;
+    if (!p) abort();
+    memcpy(p, q, header);
+    alarm(60);
+    if (!gguf_try(n)) wrong("%s: the whole file is refused", make);
+    for (size_t cut = n; cut > 0 && !*fuzz_what; count++) { /* every beginning, the longest first: what is cut off is not needed any more */
+        cut -= cut > header ? cut - header < n / 64 ? cut - header : n / 64 : full ? 1 : 1 + cut / 64;
+        gguf_size(cut);
+        if (alarm(60), gguf_try(cut)) wrong("%s: cut at %zu of %zu, and taken", make, cut, n);
+    }
+    gguf_size(n);
+    memcpy(q, p, header);
     for (size_t at = 0; at < header && !*fuzz_what; at++) /* every byte of the header */
         for (int k = 0; k < 12; k++) {
-            unsigned char v = k < 8 ? (unsigned char)(p[at] ^ 1 << k) : others[k - 8];
-            if (!full && (mk_random(&rng) & 15)) continue;
-            q[at] = v, count++;
+            if (!full && (mk_random(&rng) & 31)) continue;
+            q[at] = k < 8 ? (unsigned char)(p[at] ^ 1 << k) : others[k - 8], count++;
             alarm(60);
-            gguf_try(q, n);
+            gguf_try(n);
+            if (*fuzz_what) printf("# %s: byte %zu as %02x\n", make, at, q[at]);
             q[at] = p[at];
-            if (*fuzz_what) printf("# %s: byte %zu as %02x\n", make, at, v);
         }
-    for (int round = 0; round < (full ? 20000 : 500) && !*fuzz_what; round++, count++) { /* several places, several bytes each */
-        memcpy(q, p, n);
+    for (int round = 0; round < (full ? 20000 : 200) && !*fuzz_what; round++, count++) { /* several places, several bytes each */
+        memcpy(q, p, header);
         for (uint64_t edits = 1 + mk_random(&rng) % 4; edits; edits--) {
             uint64_t r = mk_random(&rng), v = mk_random(&rng) >> (r >> 60 & 63);
             size_t at = (size_t)(r >> 8) % header, width = (size_t)1 << (r & 3);
             if (r >> 56 & 1) v = (uint64_t)1 << (r >> 50 & 63);
-            if (at + width <= n) memcpy(q + at, &v, width);
+            if (at + width <= header) memcpy(q + at, &v, width);
         }
         alarm(60);
-        gguf_try(q, n);
+        gguf_try(n);
         if (*fuzz_what) printf("# %s: round %d\n", make, round);
     }
-    free(p), free(q);
+    free(p);
     return count;
 }
 
@@ -575,7 +590,7 @@ static void mutate(int full) {
     for (int i = 0; i < N_MAKES; i++) {
         char name[200];
         long count = mutate_one(makes[i], full);
-        snprintf(name, sizeof name, "damaged files: %s", makes[i]);
+        snprintf(name, sizeof name, "damaged files: %.*s", (int)(strstr(makes[i], " vocab=") - makes[i]), makes[i]);
         report(name, count);
     }
 }
@@ -587,8 +602,7 @@ static void no_memory(void) {
     for (int i = 0; i < N_MAKES; i++) {
         size_t n, header;
         char err[LORCH_ERROR_BYTES];
-        unsigned char *p = made(makes[i], &n, &header);
-        gguf_file_of(p, n);
+        made(makes[i], &n, &header);
         for (long at = 1;; at++, total++) { /* each allocation, and each mapping */
             faults.kind = at & 1 ? FAULT_ALLOC : FAULT_MAP, faults.error = ENOMEM;
             faults.at = (at + 1) / 2 + faults.count[faults.kind];
@@ -602,7 +616,6 @@ static void no_memory(void) {
             model_free(m);
             if (!hit && (at & 1) && faults.count[FAULT_ALLOC] - before < (at + 1) / 2) break;
         }
-        free(p);
     }
     report("every allocation of loading a model fails in turn", total);
     static const char *const jobs[] = {

@@ -232,6 +232,7 @@ static void soak(double minutes) {
     double begun = now_ms(), end = begun + minutes * 60000, step = minutes * 60000 / 200, next = begun + minutes * 60000 / 5;
     if (step < 50) step = 50;
     for (int i = 0; i < CLIENTS; i++) begin_client(&c[i], w->port, id++);
+    alarm((unsigned)(minutes * 60) + 120);
     while (now_ms() < end && !worker_gone(w) && bad < 5) {
         struct pollfd p[CLIENTS];
         for (int i = 0; i < CLIENTS; i++) p[i] = (struct pollfd){c[i].fd, POLLIN, 0};
@@ -255,7 +256,7 @@ static void soak(double minutes) {
             drop(&c[i]);
             begin_client(&c[i], w->port, id++);
         }
-        if (now_ms() > next && n < SAMPLES) mb[n] = resident_mb(w), fds[n++] = descriptors(w), next += step, alarm(600), mem_drop();
+        if (now_ms() > next && n < SAMPLES) mb[n] = resident_mb(w), fds[n++] = descriptors(w), next += step, mem_drop();
     }
     CHECK(!worker_gone(w), "the worker ended: %s", worker_tail(w));
     for (int i = 0; i < CLIENTS; i++) drop(&c[i]);
