@@ -57,6 +57,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <grp.h>
 #include <limits.h>
 #include <math.h>
 #include <netdb.h>
@@ -64,6 +65,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
+#include <pwd.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -82,6 +84,10 @@
 #ifdef __linux__
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#endif
+
+#ifdef LORCH_FAULTS /* tests/faults.h, whose malloc, read, ... can be made to fail */
+#include LORCH_FAULTS
 #endif
 
 /* The bare `cc lorch.c` has no -O: under GCC the file switches optimisation on itself. Contraction of
@@ -117,6 +123,12 @@
 #error "lorch maps little-endian model files in place and so needs a little-endian machine"
 #endif
 
+/* A program that embeds the engine uses neither server nor command line, nor what only they call. */
+#if defined LORCH_NO_MAIN && defined __GNUC__
+#pragma GCC diagnostic ignored "-Wunused-function"
+#pragma GCC diagnostic ignored "-Wunused-const-variable"
+#endif
+
 #define LORCH_INLINE static inline __attribute__((always_inline, unused))
 
 #define LORCH_VERSION "0.1.0"
@@ -148,13 +160,13 @@ enum { /* Limits. Each has its reason; the tests stand on both sides. */
 };
 
 static double sys_now(void) { /* seconds, monotonic */
-    struct timespec t;
+    struct timespec t = {0, 0};
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 static double sys_cpu_clock(clockid_t clock) {
-    struct timespec t;
+    struct timespec t = {0, 0};
     clock_gettime(clock, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
@@ -162,14 +174,14 @@ static double sys_cpu_now(void) { return sys_cpu_clock(CLOCK_PROCESS_CPUTIME_ID)
 static double sys_thread_cpu_now(void) { return sys_cpu_clock(CLOCK_THREAD_CPUTIME_ID); } /* of the calling thread */
 
 static int64_t sys_unix_ms(void) { /* milliseconds since 1970, as X-Deadline counts them */
-    struct timespec t;
+    struct timespec t = {0, 0};
     clock_gettime(CLOCK_REALTIME, &t);
     return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
 /* "2025-10-03T20:00:00.123Z"; without the milliseconds if with_ms is 0. */
 static void sys_timestamp(char out[32], int with_ms) {
-    struct timespec t;
+    struct timespec t = {0, 0};
     struct tm tm;
     clock_gettime(CLOCK_REALTIME, &t);
     gmtime_r(&t.tv_sec, &tm);
@@ -181,7 +193,7 @@ static void sys_timestamp(char out[32], int with_ms) {
 /* Random bytes for ids and seeds; the clock helps out where the system gives none. */
 static uint64_t sys_random(void) {
     uint64_t r = 0;
-    struct timespec t;
+    struct timespec t = {0, 0};
     if (getentropy(&r, sizeof r) == 0) return r;
     clock_gettime(CLOCK_REALTIME, &t);
     return ((uint64_t)t.tv_nsec << 32 ^ (uint64_t)t.tv_sec ^ (uint64_t)getpid() << 20) * 0x9E3779B97F4A7C15u;
@@ -209,6 +221,10 @@ static int sys_read_file(const char *path, char *buf, int cap) {
     return n;
 }
 
+static void sys_wipe(void *p, size_t n) { /* a secret's bytes; no compiler may leave it out */
+    for (volatile unsigned char *b = p; n; n--) *b++ = 0;
+}
+
 static void *sys_zalloc(size_t n, size_t size) { return calloc(n ? n : 1, size ? size : 1); }
 
 /* Zeroed pages that are not in memory until they are touched. NULL when there is no room. */
@@ -227,7 +243,8 @@ static int sys_thread(pthread_t *id, void *(*fn)(void *), void *arg) {
     sigset_t all, old;
     if (pthread_attr_init(&attr)) return -1;
     pthread_attr_setstacksize(&attr, 1 << 20);
-    sigfillset(&all); /* signals are for the I/O thread alone */
+    sigfillset(&all); /* signals are for the I/O thread alone, but for a fault's: a blocked one would end the process */
+    sigdelset(&all, SIGBUS);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     int rc = pthread_create(id, &attr, fn, arg);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -245,12 +262,35 @@ static void sys_cond_init(pthread_cond_t *c) {
 }
 
 static void sys_cond_wait(pthread_cond_t *c, pthread_mutex_t *m, double seconds) {
-    struct timespec t;
+    struct timespec t = {0, 0};
     clock_gettime(CLOCK_MONOTONIC, &t);
     double until = (double)t.tv_nsec * 1e-9 + seconds;
     t.tv_sec += (time_t)until;
     t.tv_nsec = (long)((until - (double)(time_t)until) * 1e9);
     pthread_cond_timedwait(c, m, &t);
+}
+
+/* What is opened and read before the sandbox closes, for those who ask afterwards. Written by one thread (the
+ * starter) while no other looks. */
+static struct {
+    int closed;              /* no file can be opened any more */
+    int statm;               /* /proc/self/statm, or -1 */
+    const char *path;        /* the model file: opened as `file`, or -1 with the errno in `why` */
+    int file, why, writable;
+    uint64_t available, total, most_memory; /* most_memory: --max-memory; 0: no limit of its own */
+    int threads;
+    const char *threads_because;
+} sys_kept = {0, -1, NULL, -1, 0, 0, 0, 0, 0, 0, ""};
+
+/* A descriptor of the file for reading, or -1 with errno; *writable: whether this process could write it. */
+static int sys_open(const char *path, int *writable) {
+    if (!sys_kept.path || strcmp(path, sys_kept.path)) {
+        *writable = access(path, W_OK) == 0;
+        return open(path, O_RDONLY | O_CLOEXEC);
+    }
+    int fd = sys_kept.file;
+    *writable = sys_kept.writable, sys_kept.path = NULL, sys_kept.file = -1, errno = sys_kept.why;
+    return fd;
 }
 
 /* ---- cgroups and limits: this process's group in /proc/self/cgroup, and all its ancestors ---- */
@@ -335,6 +375,7 @@ static int sys_physical_cores(const cpu_set_t *set) {
 /* The threads to use by default: the least of affinity mask, CPU quota and physical cores. */
 static int sys_default_threads(const char **reason) {
     cpu_set_t set;
+    if (sys_kept.closed) return *reason = sys_kept.threads_because, sys_kept.threads;
     int n = sys_affinity_count(&set), cores = sys_physical_cores(&set);
     double quota = 1e9;
     *reason = "CPU affinity";
@@ -375,6 +416,7 @@ static void sys_memory_limit_in(const char *dir, int version, void *user) {
 static uint64_t sys_memory_total(void) {
     long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
     double least = pages > 0 && size > 0 ? (double)pages * (double)size : 1e18;
+    if (sys_kept.closed) return sys_kept.total;
     sys_cgroup_walk("memory", sys_memory_limit_in, &least);
     return (uint64_t)least;
 }
@@ -383,6 +425,7 @@ static uint64_t sys_memory_total(void) {
 static uint64_t sys_memory_available(void) {
     char text[4096];
     double least = 1e18;
+    if (sys_kept.closed) return sys_kept.available;
     if (sys_read_file("/proc/meminfo", text, sizeof text) > 0) {
         const char *p = strstr(text, "MemAvailable:");
         if (p) least = strtod(p + 13, NULL) * 1024;
@@ -405,11 +448,160 @@ static sys_memory sys_memory_used(void) {
     unsigned long long total = 0, resident = 0, shared = 0;
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     sys_memory m = {0, 0};
-    if (sys_read_file("/proc/self/statm", text, sizeof text) > 0 &&
-        sscanf(text, "%llu %llu %llu", &total, &resident, &shared) == 3)
-        m.resident = resident * page, m.file_pages = shared * page;
+    ssize_t n = sys_kept.statm >= 0 ? pread(sys_kept.statm, text, sizeof text - 1, 0) : sys_read_file("/proc/self/statm", text, sizeof text);
+    text[n > 0 ? n : 0] = 0;
+    if (sscanf(text, "%llu %llu %llu", &total, &resident, &shared) == 3) m.resident = resident * page, m.file_pages = shared * page;
     return m;
 }
+
+static void sys_keep(void) { /* reads all that will be asked for, before the sandbox closes */
+    char now[32];
+    sys_kept.available = sys_memory_available(), sys_kept.total = sys_memory_total();
+    sys_kept.threads = sys_default_threads(&sys_kept.threads_because);
+    sys_timestamp(now, 0); /* the C library looks for a time zone once */
+    sys_kept.closed = 1;
+}
+
+/* ---- the sandbox: what a worker that parses strangers' bytes gives up ----
+ * In three steps, each of which may be missing from the kernel: at once, no new privileges, no core files and
+ * no debugger; when the files are open, no file system and no network of its own (Landlock), and a list of
+ * system calls (seccomp) that lets nothing be opened or executed; when the model is loaded and the pool manager
+ * knows, no new threads and connections either. What is not on the list fails with EPERM; what only an
+ * attacker would ask for ends the process. */
+
+#ifdef __linux__
+enum { SYS_LANDLOCK_CREATE = 444, SYS_LANDLOCK_RULE = 445, SYS_LANDLOCK_RESTRICT = 446 }; /* the same on all machines; musl lacks names */
+
+static long sys_landlock_abi(void) { /* 0: the kernel has none */
+    long abi = syscall(SYS_LANDLOCK_CREATE, NULL, (size_t)0, 1u);
+    return abi > 0 ? abi : 0;
+}
+
+/* A set of rules that allows no file access at all, and TCP only to `port` (0: none). -1 where there is none. */
+static int sys_landlock_open(int port) {
+    struct { uint64_t files, net, scoped; } set = {0, 0, 0};
+    struct { uint64_t allowed, port; } rule = {2, (uint64_t)port}; /* 2: connect */
+    long abi = sys_landlock_abi();
+    if (!abi) return -1;
+    set.files = abi >= 5 ? 0xffff : abi >= 3 ? 0x7fff : abi >= 2 ? 0x3fff : 0x1fff;
+    if (abi >= 4) set.net = 3;     /* bind and connect */
+    if (abi >= 6) set.scoped = 3;  /* abstract sockets and signals */
+    int fd = (int)syscall(SYS_LANDLOCK_CREATE, &set, (size_t)(abi >= 6 ? 24 : abi >= 4 ? 16 : 8), 0u);
+    if (fd >= 0 && abi >= 4 && port) syscall(SYS_LANDLOCK_RULE, fd, 2, &rule, 0u);
+    return fd;
+}
+
+static int sys_landlock_enter(int fd) { return syscall(SYS_LANDLOCK_RESTRICT, fd, 0u) == 0; } /* this thread and those it starts */
+
+static int sys_harden(void) { /* at once, and for all threads to come */
+    struct rlimit none = {0, 0};
+    int ok = prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0;
+    prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+    setrlimit(RLIMIT_CORE, &none);
+    return ok;
+}
+#else
+static int sys_landlock_open(int port) { return (void)port, -1; }
+static int sys_landlock_enter(int fd) { return (void)fd, 0; }
+static long sys_landlock_abi(void) { return 0; }
+static int sys_harden(void) { return 0; }
+#endif
+
+#if defined __linux__ && defined __x86_64__ && !defined __ILP32__
+#define SYS_AUDIT_ARCH 0xc000003eu
+#elif defined __linux__ && defined __aarch64__
+#define SYS_AUDIT_ARCH 0xc00000b7u
+#else
+#define SYS_AUDIT_ARCH 0u
+#endif
+
+#if SYS_AUDIT_ARCH
+typedef struct { /* a system call and what becomes of it; arg >= 0: only if (argument & mask) == value */
+    long call;
+    int arg;
+    uint32_t mask, value, action;
+} sys_rule;
+
+enum { BPF_LD = 0x20, BPF_AND = 0x54, BPF_EQ = 0x15, BPF_GE = 0x35, BPF_RET = 6 };
+static const uint32_t SECCOMP_ALLOW = 0x7fff0000u, SECCOMP_KILL = 0x80000000u, SECCOMP_ERRNO = 0x00050000u;
+
+/* Puts a filter for all threads in force. */
+static int sys_seccomp(const sys_rule *rule, size_t n, uint32_t otherwise) {
+    struct { uint16_t code; uint8_t yes, no; uint32_t k; } p[512];
+    struct { unsigned short len; void *p; } prog = {0, p};
+    size_t len = 0;
+#define OP(c, v, y, n) (p[len].code = (c), p[len].k = (uint32_t)(v), p[len].yes = (y), p[len].no = (n), len++)
+    OP(BPF_LD, 4, 0, 0); /* struct seccomp_data: nr at 0, arch at 4, the low halves of the arguments at 16, 24, ... */
+    OP(BPF_EQ, SYS_AUDIT_ARCH, 1, 0);
+    OP(BPF_RET, SECCOMP_KILL, 0, 0);
+    OP(BPF_LD, 0, 0, 0);
+    OP(BPF_GE, 0x40000000, 0, 1); /* x32's calls */
+    OP(BPF_RET, SECCOMP_KILL, 0, 0);
+    for (; n && len < 500; rule++, n--) {
+        OP(BPF_EQ, rule->call, 0, rule->arg < 0 ? 1 : 5);
+        if (rule->arg >= 0) {
+            OP(BPF_LD, 16 + 8 * rule->arg, 0, 0);
+            OP(BPF_AND, rule->mask, 0, 0);
+            OP(BPF_EQ, rule->value, 0, 1);
+            OP(BPF_RET, rule->action, 0, 0);
+            OP(BPF_LD, 0, 0, 0);
+        } else OP(BPF_RET, rule->action, 0, 0);
+    }
+    OP(BPF_RET, otherwise, 0, 0);
+#undef OP
+    prog.len = (unsigned short)len;
+    return n == 0 && syscall(SYS_seccomp, 1, 1, &prog) == 0; /* SET_MODE_FILTER, for all threads (TSYNC) */
+}
+
+/* First list: what serving, loading and the callback need. */
+static int sys_seccomp_begin(void) {
+#define YES(name) {SYS_##name, -1, 0, 0, SECCOMP_ALLOW}
+#define WHEN(name, arg, mask, value) {SYS_##name, arg, mask, value, SECCOMP_ALLOW}
+#define NEVER(name) {SYS_##name, -1, 0, 0, SECCOMP_KILL}
+    const sys_rule rules[] = {
+        YES(futex), YES(read), YES(write), YES(recvfrom), YES(sendto), YES(clock_gettime), YES(accept4), YES(close), YES(ppoll), YES(sched_yield),
+#ifdef SYS_poll
+        YES(poll),
+#endif
+        YES(readv), YES(writev), YES(pread64), YES(recvmsg), YES(sendmsg), YES(shutdown), YES(setsockopt), YES(getsockopt), YES(getsockname), YES(brk),
+        YES(munmap), YES(mremap), YES(madvise), YES(mincore), YES(fstat), YES(lseek), YES(nanosleep), YES(clock_nanosleep), YES(clock_getres),
+        YES(gettimeofday), YES(getrandom), YES(getpid), YES(gettid), YES(getppid), YES(getuid), YES(geteuid), YES(sched_getaffinity), YES(sysinfo),
+        YES(rt_sigaction), YES(rt_sigprocmask), YES(rt_sigreturn), YES(sigaltstack), YES(restart_syscall), YES(set_robust_list), YES(membarrier),
+        YES(exit), YES(exit_group), YES(connect),
+#ifdef SYS_rseq
+        YES(rseq),
+#else
+        {SYS_AUDIT_ARCH == 0xc000003eu ? 334 : 293, -1, 0, 0, SECCOMP_ALLOW},
+#endif
+#ifdef SYS_time
+        YES(time),
+#endif
+        WHEN(mmap, 2, PROT_EXEC, 0), WHEN(mprotect, 2, PROT_EXEC, 0), WHEN(socket, 0, 0xffff, AF_INET), WHEN(socket, 0, 0xffff, AF_INET6),
+        WHEN(newfstatat, 3, 0x1000, 0x1000), /* AT_EMPTY_PATH: glibc's fstat */
+        WHEN(clone, 0, 0x00010000, 0x00010000), /* CLONE_THREAD: threads, not processes */
+        {435, -1, 0, 0, SECCOMP_ERRNO | ENOSYS}, /* clone3, whose flags a filter cannot see: then libc takes clone */
+        WHEN(tgkill, 0, 0xffffffffu, (uint32_t)getpid()), WHEN(ioctl, 1, 0xffffffffu, 0x5401), /* TCGETS: is it a terminal? */
+        WHEN(seccomp, 0, 0xffffffffu, 1), WHEN(fcntl, 1, 0xffffffffu, F_GETFL), WHEN(fcntl, 1, 0xffffffffu, F_SETFL), WHEN(fcntl, 1, 0xffffffffu, F_SETFD),
+        NEVER(execve), NEVER(execveat), NEVER(ptrace), NEVER(process_vm_readv), NEVER(process_vm_writev),
+    };
+    return sys_seccomp(rules, sizeof rules / sizeof *rules, SECCOMP_ERRNO | EPERM);
+}
+
+/* Second list, in addition: what is over once the worker is registered. */
+static int sys_seccomp_end(void) {
+#define OVER(name) {SYS_##name, -1, 0, 0, SECCOMP_ERRNO | EPERM}
+    const sys_rule rules[] = {OVER(socket), OVER(connect), OVER(clone), OVER(seccomp), OVER(rt_sigaction), OVER(newfstatat)};
+    return sys_seccomp(rules, sizeof rules / sizeof *rules, SECCOMP_ALLOW);
+}
+#undef YES
+#undef WHEN
+#undef NEVER
+#undef OVER
+
+#else /* other machines, where no list has been tested */
+static int sys_seccomp_begin(void) { return 0; }
+static int sys_seccomp_end(void) { return 0; }
+#endif
 
 /* ==== Text =================================================================================
  * Views (str), growing buffers (buf), UTF-8, Unicode categories, JSON in and out, and the log, which is
@@ -505,6 +697,56 @@ static const char *buf_cstr(buf *b) { /* ends in NUL; "" when memory ran out */
     if (b->failed) return "";
     b->len--;
     return b->ptr;
+}
+
+/* SHA-256 (FIPS 180-4), so that a token can be compared without being kept. */
+static uint32_t sha256_turn(uint32_t x, int n) { return x >> n | x << (32 - n); }
+
+static void sha256_block(uint32_t h[8], const uint32_t k[64], const unsigned char *p) {
+    uint32_t w[64], v[8];
+    for (int i = 0; i < 16; i++) w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 | (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+    for (int i = 16; i < 64; i++)
+        w[i] = w[i - 16] + w[i - 7] + (sha256_turn(w[i - 15], 7) ^ sha256_turn(w[i - 15], 18) ^ w[i - 15] >> 3) +
+               (sha256_turn(w[i - 2], 17) ^ sha256_turn(w[i - 2], 19) ^ w[i - 2] >> 10);
+    memcpy(v, h, sizeof v);
+    for (int i = 0; i < 64; i++) {
+        uint32_t e = v[4], a = v[0];
+        uint32_t t1 = v[7] + (sha256_turn(e, 6) ^ sha256_turn(e, 11) ^ sha256_turn(e, 25)) + ((e & v[5]) ^ (~e & v[6])) + k[i] + w[i];
+        uint32_t t2 = (sha256_turn(a, 2) ^ sha256_turn(a, 13) ^ sha256_turn(a, 22)) + ((a & v[1]) ^ (a & v[2]) ^ (v[1] & v[2]));
+        memmove(v + 1, v, 7 * sizeof *v);
+        v[4] += t1, v[0] = t1 + t2;
+    }
+    for (int i = 0; i < 8; i++) h[i] += v[i];
+    sys_wipe(w, sizeof w);
+}
+
+static uint32_t sha256_root(int prime, int cube) { /* the first 32 bits of the fraction of its square or cube root */
+    uint64_t root = 0;
+    for (int bit = 35; bit >= 0; bit--) { /* floor(root(prime) x 2^32), bit by bit */
+        uint64_t r = root | (uint64_t)1 << bit;
+        double x = (double)r / 4294967296.0; /* exact; the roots are far from 36-bit numbers */
+        if ((cube ? x * x * x : x * x) <= prime) root = r;
+    }
+    return (uint32_t)root;
+}
+
+static void sha256(str text, unsigned char out[32]) {
+    uint32_t h[8], k[64];
+    unsigned char last[128] = {0};
+    for (int n = 2, i = 0; i < 64; n++) {
+        int prime = 1;
+        for (int d = 2; d * d <= n; d++) prime &= n % d != 0;
+        if (!prime) continue;
+        if (i < 8) h[i] = sha256_root(n, 0);
+        k[i++] = sha256_root(n, 1);
+    }
+    size_t whole = text.len / 64 * 64, rest = text.len - whole, end = rest < 56 ? 64 : 128;
+    for (size_t at = 0; at < whole; at += 64) sha256_block(h, k, (const unsigned char *)text.ptr + at);
+    memcpy(last, text.ptr + whole, rest), last[rest] = 0x80;
+    for (int i = 0; i < 8; i++) last[end - 1 - (size_t)i] = (unsigned char)((uint64_t)text.len * 8 >> 8 * i);
+    for (size_t at = 0; at < end; at += 64) sha256_block(h, k, last + at);
+    for (int i = 0; i < 32; i++) out[i] = (unsigned char)(h[i / 4] >> (24 - i % 4 * 8));
+    sys_wipe(last, sizeof last);
 }
 
 /* ---- UTF-8 ---- */
@@ -885,7 +1127,7 @@ static double json_double(str token) { /* of a NUMBER; beyond the range of doubl
     char tmp[64];
     if (token.len < sizeof tmp) return memcpy(tmp, token.ptr, token.len), tmp[token.len] = 0, strtod(tmp, NULL);
     char *copy = str_dup(token); /* hundreds of digits: legal */
-    double v = copy ? strtod(copy, NULL) : 0;
+    double v = copy ? strtod(copy, NULL) : (double)NAN; /* out of memory: no number's value */
     free(copy);
     return v;
 }
@@ -1493,6 +1735,8 @@ typedef struct {
     uint64_t n_kv, n_tensors, alignment, data_start;
     gguf_kv *kv;
     gguf_tensor *tensor;
+    int writable;     /* this process could write the file */
+    int lost;         /* atomic: a page of it could not be read; since then it reads as zeros */
     /* the cursor, while parsing */
     uint64_t pos;
     char *err;        /* the first error sticks: later reads give zeros */
@@ -1753,8 +1997,45 @@ static void gguf_parse(gguf_file *g) {
     gguf_place_tensors(g);
 }
 
+/* ---- files that shrink or cannot be read while they are mapped ---- */
+
+static int gguf_watching;          /* gguf_watch has been called, before any file was opened */
+static gguf_file *gguf_watched;    /* the one that was opened last: its faults are survived */
+static const char *gguf_last_word; /* NULL: go on with zeros; else it goes to stderr, and the process ends with 1 */
+
+/* A page of the mapping is not there: the file has been cut, or the disk has failed. Zeros take the place of the
+ * whole mapping, so that no thread faults again, and whoever uses results looks at `lost` first. */
+static void gguf_on_fault(int sig, siginfo_t *info, void *context) {
+    gguf_file *g = gguf_watched;
+    int saved = errno;
+    (void)context;
+    if (g && (uintptr_t)info->si_addr - (uintptr_t)g->map < g->size) {
+        if (gguf_last_word) {
+            ssize_t n = write(STDERR_FILENO, gguf_last_word, strlen(gguf_last_word));
+            _exit(n < 0 ? 1 : 1);
+        }
+        __atomic_store_n(&g->lost, 1, __ATOMIC_SEQ_CST);
+        if (mmap((void *)(uintptr_t)g->map, (size_t)g->size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED) {
+            errno = saved;
+            return;
+        }
+    }
+    signal(sig, SIG_DFL); /* not ours: it comes again and ends the process */
+}
+
+static void gguf_watch(void) { /* for programs with one model: an embedder's signals are its own */
+    struct sigaction act;
+    gguf_watching = 1;
+    memset(&act, 0, sizeof act);
+    act.sa_sigaction = gguf_on_fault, act.sa_flags = SA_SIGINFO;
+    sigaction(SIGBUS, &act, NULL);
+}
+
+static int gguf_is_lost(const gguf_file *g) { return __atomic_load_n(&g->lost, __ATOMIC_SEQ_CST); }
+
 static void gguf_close(gguf_file *g) {
     if (!g) return;
+    if (gguf_watching && gguf_watched == g) gguf_watched = NULL;
     if (g->map) munmap((void *)(uintptr_t)g->map, (size_t)g->size);
     free(g->kv);
     free(g->tensor);
@@ -1792,7 +2073,7 @@ static uint64_t gguf_hash_end(const gguf_hash *h) {
 static int gguf_is_cached(const gguf_file *g, uint64_t at, uint64_t n) {
     unsigned char in[8192];
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    if (access(g->path, W_OK) || (n + page - 1) / page > sizeof in || mincore((void *)(uintptr_t)(g->map + at), (size_t)n, in)) return 0;
+    if (!g->writable || (n + page - 1) / page > sizeof in || mincore((void *)(uintptr_t)(g->map + at), (size_t)n, in)) return 0;
     for (uint64_t i = 0; i < (n + page - 1) / page; i++)
         if (!(in[i] & 1)) return 0;
     return 1;
@@ -1818,14 +2099,14 @@ static void gguf_read_ahead(const gguf_file *g, int (*fn)(void *user, double sha
 static gguf_file *gguf_open(const char *path, char *err, size_t err_cap) {
     struct stat st;
     gguf_file *g = sys_zalloc(1, sizeof *g);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int writable = 0, fd = sys_open(path, &writable);
     if (!g || fd < 0 || fstat(fd, &st)) {
         sys_fail(err, err_cap, "%s: cannot open the model: %s", path, strerror(errno));
         if (fd >= 0) close(fd);
         free(g);
         return NULL;
     }
-    g->path = str_dup(str_of(path)), g->err = err, g->err_cap = err_cap;
+    g->path = str_dup(str_of(path)), g->err = err, g->err_cap = err_cap, g->writable = writable;
     g->size = (uint64_t)st.st_size;
     void *map = MAP_FAILED;
     if (!g->path) sys_fail(err, err_cap, "%s: out of memory", path);
@@ -1837,6 +2118,7 @@ static gguf_file *gguf_open(const char *path, char *err, size_t err_cap) {
     close(fd);
     if (map == MAP_FAILED) return gguf_close(g), NULL;
     g->map = map;
+    if (gguf_watching) gguf_watched = g;
     gguf_parse(g);
     g->err = NULL;
     if (g->failed) return gguf_close(g), NULL;
@@ -5313,7 +5595,7 @@ static const char *model_layer_name(str name, char tmp[GGUF_MAX_NAME], uint64_t 
 }
 
 static int model_bind_one(model *m, const gguf_tensor *t, char *err, size_t cap) {
-    char tmp[GGUF_MAX_NAME];
+    char tmp[GGUF_MAX_NAME], shown[96];
     uint64_t layer = 0;
     unsigned may = m->arch->has | m->arch->may | T_MAY;
     const char *rest = model_layer_name(t->name, tmp, &layer);
@@ -5329,7 +5611,7 @@ static int model_bind_one(model *m, const gguf_tensor *t, char *err, size_t cap)
             if ((model_global_tensors[i].group & may) && str_is(t->name, model_global_tensors[i].name))
                 return model_bind(m, t, &model_global_tensors[i], m, err, cap);
     return sys_fail(err, cap, "%s: tensor %s is not one that lorch knows for architecture '%s' with %d layers: leaving it out would change the output",
-                    m->file->path, tmp, m->arch->name, m->n_layer);
+                    m->file->path, gguf_show(t->name, shown), m->arch->name, m->n_layer);
 }
 
 static int model_present(const model_tensor *want, const void *base) {
@@ -5475,6 +5757,8 @@ static void model_use_context(model *m, int n_ctx) {
 static int model_scan(model *m, char *err, size_t cap) {
     const struct { const char *name; int dim, *size; } sizes[] = {
         {"ffn_up_exps.weight", 1, &m->n_ff_exp}, {"ffn_up_shexp.weight", 1, &m->n_ff_shared}, {"shortconv.conv.weight", 0, &m->n_conv}};
+    if ((uint64_t)m->n_layer * 4 > m->file->n_tensors) /* the leanest layer has six */
+        return sys_fail(err, cap, "%s: block_count is %d, but the file has no more than %llu tensors", m->file->path, m->n_layer, (unsigned long long)m->file->n_tensors);
     m->layer = sys_zalloc((size_t)m->n_layer, sizeof *m->layer);
     if (!m->layer) return sys_fail(err, cap, "%s: out of memory", m->file->path);
     for (uint64_t i = 0; i < m->file->n_tensors; i++) {
@@ -5618,7 +5902,8 @@ static void model_name(model *m) {
         [25] = "IQ4_NL", [30] = "IQ4_XS", [32] = "BF16", [38] = "MXFP4"};
     uint64_t type = gguf_get_uint(m->file, "general.file_type", 999);
     const char *known = type < sizeof kinds / sizeof *kinds ? kinds[type] : NULL;
-    snprintf(m->quant, sizeof m->quant, "%s", known ? known : m->layer ? m->layer[0].q.format->name : "none");
+    const quant_format *first = m->layer && m->layer[0].q.format ? m->layer[0].q.format : m->token_embd.format; /* a layer of convolutions has no q */
+    snprintf(m->quant, sizeof m->quant, "%s", known ? known : first ? first->name : "none");
     str name = gguf_get_str(m->file, "general.name");
     if (name.len == 0 || utf8_count(name) < 0) {
         const char *slash = strrchr(m->file->path, '/');
@@ -6601,6 +6886,7 @@ typedef struct {
 } engine_event;
 
 enum {
+    ENGINE_WAITING_BYTES = 16 << 20, /* memory of jobs that wait */
     ENGINE_DRAFT = 8,       /* most tokens proposed for one job and step */
     ENGINE_DRAFT_ROWS = 16, /* of all jobs together: each needs a row of logits */
     ENGINE_MAX_ROWS = 1024, /* tokens in one batch: the most that --chunk allows */
@@ -6630,6 +6916,7 @@ struct engine_job {
     int max_tokens, n_stop, ignore_eos, special, resume_from, speculate;
     int64_t deadline_unix_ms;  /* 0: none */
     uint64_t deadline_ms;      /* as the request gave it, from its arrival */
+    int failed;                /* memory ran out while the request was read: what is here is not what was asked for */
     int has_seed, has_deadline, resumes; /* resumes: resume_from was given */
     int earlier;               /* refused because a job of this id has ended as earlier_outcome, with n_out tokens */
     enum engine_outcome earlier_outcome;
@@ -6648,6 +6935,7 @@ struct engine_job {
     int n_prompt, n_out, n_computed; /* n_computed: positions whose keys and values are in the cache */
     int n_cached;              /* of these, those that another job had computed */
     uint64_t cache_key;        /* of cache_name */
+    uint64_t bytes;            /* of its own memory, as the engine has counted it */
     kv_seq kv;
     int32_t *gram;             /* [gram_mask + 1] by hash of GRAM tokens: the position after their latest occurrence */
     uint32_t gram_mask;
@@ -6755,6 +7043,7 @@ typedef struct {
     int calibrating, calibrations; /* calibrations: how often it was tried; ENGINE_CALIBRATIONS: never again */
     const char *threads_because; /* what decided their number */
     uint64_t required;        /* private bytes that KV cache and scratch need */
+    uint64_t job_bytes, job_bytes_most; /* of all live jobs' own memory, under lock; no job is taken beyond */
     char fingerprint[17];     /* of the model file: set before has_fingerprint */
     int has_fingerprint;      /* atomic */
     int64_t progress_ms;      /* atomic: when the engine last made progress, on the monotonic clock */
@@ -6781,6 +7070,7 @@ static void engine_job_free(engine_job *j) {
 static void engine_job_drop(engine *e, engine_job *j) {
     pthread_mutex_lock(&e->lock);
     int left = --j->refs;
+    if (left == 0) e->job_bytes -= j->bytes;
     pthread_mutex_unlock(&e->lock);
     if (left == 0) engine_job_free(j);
 }
@@ -6873,6 +7163,7 @@ static void engine_refuse(engine *e, engine_job *j, const engine_error *error, c
 /* Why a job must end now, or NULL. t_cancel is written once, by the canceller, before `cancel`. */
 static const engine_error *engine_must_end(const engine *e, engine_job *j, const char **message) {
     int cancel = __atomic_load_n(&j->cancel, __ATOMIC_ACQUIRE);
+    if (gguf_is_lost(e->m->file)) return *message = "the model file cannot be read any more", &ERR_INTERNAL;
     if (cancel) return *message = cancel == CANCEL_DRAIN ? "the worker is shutting down" : "the job was cancelled", &ERR_CANCELLED;
     if (j->deadline_unix_ms && sys_unix_ms() > j->deadline_unix_ms) return *message = "the job's deadline has passed", &ERR_TIMEOUT;
     if (e->inference_timeout_s && j->t_run > 0 && sys_now() - j->t_run > e->inference_timeout_s)
@@ -7033,6 +7324,19 @@ static void engine_field_error(engine_job *j, const char *field, const char *con
     buf_putc(b, '}');
 }
 
+/* The most that one job's arrays take, for n tokens of prompt and output. */
+static uint64_t engine_job_need(const engine *e, uint64_t n) {
+    uint64_t grams = 64;
+    while (grams < 2 * n) grams *= 2;
+    return n * (sizeof(int32_t) * 2 + sizeof(engine_pending)) + grams * sizeof(int32_t) + n / KV_BLOCK * 4 + (uint64_t)e->m->n_vocab / 8 + 4096;
+}
+
+static int engine_take_bytes(engine *e, engine_job *j, uint64_t bytes) { /* under lock; 0: the budget is spent */
+    if (e->job_bytes + bytes > e->job_bytes_most) return 0;
+    e->job_bytes += bytes, j->bytes += bytes;
+    return 1;
+}
+
 /* Tokenizes prompt and stop strings and allocates what the job will need. 0: out of memory. */
 static int engine_prepare(engine *e, engine_job *j) {
     tok_ids ids = {0};
@@ -7050,6 +7354,10 @@ static int engine_prepare(engine *e, engine_job *j) {
     j->n_prompt = ids.n;
     if (j->max_tokens > e->n_ctx - ids.n) j->max_tokens = e->n_ctx - ids.n;
     size_t most = (size_t)ids.n + (size_t)(j->max_tokens > 0 ? j->max_tokens : 0);
+    pthread_mutex_lock(&e->lock);
+    int fits = engine_take_bytes(e, j, engine_job_need(e, most));
+    pthread_mutex_unlock(&e->lock);
+    if (!fits) return free(ids.id), 0;
     j->token = realloc(ids.id, (most + 1) * sizeof *j->token);
     if (!j->token) return free(ids.id), 0;
     j->seen = sys_zalloc(most, sizeof *j->seen);
@@ -7208,8 +7516,8 @@ static const engine_error *engine_submit(engine *e, engine_job *j) {
         why = &ERR_JOB_EXISTS;
         j->earlier = 1, j->earlier_outcome = known->outcome, j->n_out = known->tokens_out;
     }
-    if (e->draining || e->stop) why = &ERR_NOT_READY;
-    else if (!why && e->stats.live >= e->options.n_parallel + e->options.n_queue) why = &ERR_BUSY;
+    if (e->draining || e->stop || gguf_is_lost(e->m->file)) why = &ERR_NOT_READY;
+    else if (!why && (e->stats.live >= e->options.n_parallel + e->options.n_queue || !engine_take_bytes(e, j, sizeof *j + j->prompt.cap))) why = &ERR_BUSY;
     if (why) e->stats.outcome[OUTCOME_REJECTED]++;
     else {
         if (known && !known->ended) j->cancel = CANCEL_ASKED, j->t_cancel = j->t_submit;
@@ -7326,6 +7634,7 @@ static int engine_add_text(engine *e, engine_job *j, int32_t id) {
     engine_pending p = {j->n_out - 1, id, 0};
     e->piece.len = 0;
     tok_piece(e->m->tok, id, 0, &e->piece);
+    if (gguf_is_lost(e->m->file)) return 0; /* the piece's bytes are in the file */
     engine_decode_bytes(j, e->piece.ptr, e->piece.len);
     p.end = j->window.len;
     j->pending[j->n_pending++] = p;
@@ -7604,6 +7913,7 @@ static int engine_take_token(engine *e, engine_job *j, int32_t id, double now) {
     if (ends) return engine_complete(e, j, LORCH_EOS), 0;
     engine_note_gram(j, j->n_prompt + j->n_out);
     if (engine_add_text(e, j, id)) return engine_complete(e, j, LORCH_STOP_SEQUENCE), 0;
+    if (gguf_is_lost(e->m->file)) return engine_fail(e, j, &ERR_INTERNAL, "the model file cannot be read any more"), 0;
     if (j->n_out >= j->max_tokens) return engine_complete(e, j, LORCH_MAX_TOKENS), 0;
     if (now - j->t_metrics >= 0.5) {
         engine_event ev = {EVENT_METRICS, 0, 0, {"", 0}, LORCH_FAILED, NULL, NULL, ""};
@@ -7667,7 +7977,7 @@ static void engine_step(engine *e) {
     for (int i = 0; i < e->n_spans; i++) e->span[i].job->refs++;
     pthread_mutex_unlock(&e->lock);
     model_batch b = {e->n_rows, e->id, e->pos, e->blocks, e->want, engine_between_layers, e};
-    int done = model_forward(&e->run, &b);
+    int done = model_forward(&e->run, &b) && !gguf_is_lost(e->m->file); /* no result of a file that is gone is used */
     if (done && e->n_logits) pool_run(&e->threads, engine_choose_item, e, e->n_spans < e->n_samplers ? e->n_spans : e->n_samplers);
     engine_charge(e);
     for (int i = 0; i < e->n_spans && done; i++)
@@ -7795,6 +8105,11 @@ static uint64_t engine_kv_want(const engine *e, kv_layout layout, uint64_t avail
     return all < available / 4 ? all : available / 4;
 }
 
+/* What jobs may take beside the KV cache: each slot its longest job, and something for those that wait. */
+static uint64_t engine_job_most(const engine *e, uint64_t n_ctx) {
+    return (uint64_t)e->options.n_parallel * (engine_job_need(e, n_ctx) + 4 * MAX_PROMPT_CHARS) + ENGINE_WAITING_BYTES;
+}
+
 static int engine_max_rows(const lorch_options *o) { /* tokens in one batch */
     int decode = o->n_parallel + ENGINE_DRAFT_ROWS;
     return o->chunk > decode ? o->chunk : decode;
@@ -7809,6 +8124,11 @@ static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, s
     const model *m = e->m;
     lorch_options *o = &e->options;
     uint64_t available = sys_memory_available(), total = sys_memory_total();
+    if (sys_kept.most_memory) { /* --max-memory counts the weights too, since they are to stay in memory */
+        uint64_t held = m->weight_bytes + engine_job_most(e, (uint64_t)(o->n_ctx ? o->n_ctx : m->n_ctx_train));
+        uint64_t left = sys_kept.most_memory > held ? sys_kept.most_memory - held : 0;
+        if (left < available) available = left;
+    }
     *layout = model_kv_layout(m, engine_kv_of(o));
     if (o->n_ctx > m->n_ctx_most)
         return sys_fail(err, cap, "--context %d is more than the %d positions that the model was made for", o->n_ctx, m->n_ctx_most);
@@ -7827,11 +8147,12 @@ static int engine_size(engine *e, kv_layout *layout, int *n_blocks, char *err, s
     }
     uint64_t need = e->required = blocks * layout->block_bytes + model_run_bytes(m, o->n_threads, engine_max_rows(o), o->n_parallel + ENGINE_DRAFT_ROWS);
     if (need > available)
-        return sys_fail(err, cap, "INSUFFICIENT_MEMORY: KV cache and scratch need %llu bytes, but %llu are available (see --kv-cache-size-mb, --context, --parallel)",
-                        (unsigned long long)need, (unsigned long long)available);
+        return sys_fail(err, cap, "INSUFFICIENT_MEMORY: KV cache and scratch need %llu bytes, but %llu are available (see --kv-cache-size-mb, --context, "
+                                  "--parallel, --max-memory)", (unsigned long long)need, (unsigned long long)available);
     if (m->weight_bytes + need > total)
         return sys_fail(err, cap, "INSUFFICIENT_MEMORY: weights of %llu bytes, KV cache and scratch of %llu do not fit into the %llu bytes of this machine or group",
                         (unsigned long long)m->weight_bytes, (unsigned long long)need, (unsigned long long)total);
+    e->job_bytes_most = engine_job_most(e, (uint64_t)e->n_ctx);
     *n_blocks = (int)blocks;
     return 1;
 }
@@ -8187,6 +8508,7 @@ typedef struct {
     int eof;              /* the peer has sent its FIN */
     int close_after;      /* close once `out` is sent */
     char correlation[65];
+    size_t counted;       /* bytes of its buffers as the server has counted them */
     struct route_stream *stream;
 } http_conn;
 
@@ -8352,8 +8674,10 @@ static int http_read_head(http_conn *c, const engine_error **error) {
     c->head.len = 0;
     buf_add(&c->head, c->in.ptr, end);
     buf_drop(&c->in, end);
+    memset(c->in.ptr + c->in.len, 0, end < c->in.cap - c->in.len ? end : c->in.cap - c->in.len);
     c->scanned = 0, c->skipped_line = 0;
-    *error = c->head.failed ? &ERR_HEADERS : http_parse_head(&c->req, buf_str(&c->head));
+    *error = c->head.failed ? &ERR_BUSY : http_parse_head(&c->req, buf_str(&c->head));
+    if (c->head.failed) memset(&c->req, 0, sizeof c->req), c->head.failed = 0;
     c->body.len = 0, c->body_done = c->req.body_kind == BODY_NONE;
     c->chunk = CHUNK_SIZE, c->chunk_left = 0, c->chunk_digits = 0;
     c->chunk_extra = c->trailer_bytes = 0;
@@ -8425,7 +8749,7 @@ static int http_read_body(http_conn *c, const engine_error **error) {
     }
     if (c->req.body_kind == BODY_CHUNKED) done = c->chunk == CHUNK_DONE;
     buf_drop(&c->in, at);
-    if (c->body.failed) *error = &ERR_TOO_LARGE;
+    if (c->body.failed) *error = &ERR_BUSY, c->body.failed = 0;
     c->body_done = done && !*error;
     return *error ? -1 : done;
 }
@@ -8460,6 +8784,11 @@ static void http_respond(http_conn *c, int status, const char *type, const char 
     if (!head_only && status != 204) buf_add(&c->out, body.ptr, body.len);
 }
 
+static void http_respond_buf(http_conn *c, int status, const char *type, const buf *body) { /* a body that may have run out of memory */
+    http_respond(c, status, type, "", buf_str(body));
+    c->out.failed |= body->failed; /* half an answer is none: the connection ends */
+}
+
 /* An error body of the contract. details: JSON members or ""; errors: JSON objects or "". */
 static void http_error(http_conn *c, const engine_error *e, const char *message, const char *details, str errors, const char *extra) {
     buf b = {0};
@@ -8472,6 +8801,7 @@ static void http_error(http_conn *c, const engine_error *e, const char *message,
     if (errors.len) buf_puts(&b, ",\"errors\":["), buf_add(&b, errors.ptr, errors.len), buf_putc(&b, ']');
     buf_puts(&b, "}");
     http_respond(c, e->status, "application/json", extra, buf_str(&b));
+    c->out.failed |= b.failed;
     buf_free(&b);
 }
 
@@ -8494,19 +8824,21 @@ static void http_conn_free(http_conn *c) {
 }
 
 /* Reads what has come, up to HTTP_MAX_IN unused bytes. A connection that fails is DEAD afterwards. */
-static void http_receive(http_conn *c, double now) {
+static void http_receive(http_conn *c, double now) { /* I/O thread only */
+    enum { ROOM = 2048 };    /* most heads fit, so that growing leaves no copies of a token behind */
+    static char part[16384]; /* so that a slow connection holds no more than what it has sent */
     if (c->in.len == 0 && c->state == HTTP_HEAD) c->t_input = now; /* a request begins */
     while (c->in.len < HTTP_MAX_IN && !c->eof) {
-        if (!buf_reserve(&c->in, 16384)) break;
-        size_t room = c->in.cap - c->in.len;
-        ssize_t n = recv(c->fd, c->in.ptr + c->in.len, room, 0);
+        size_t room = sizeof part;
+        ssize_t n = recv(c->fd, part, room, 0);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return;
         if (n < 0) c->state = HTTP_DEAD;
         if (n <= 0) c->eof = 1;
         else if (c->state == HTTP_LINGER) return; /* drained and forgotten, once for each turn of the loop */
-        if (n > 0) c->in.len += (size_t)n;
-        if (n < (ssize_t)room) return;
+        if (n > 0 && !c->in.cap) buf_reserve(&c->in, ROOM);
+        if (n > 0) buf_add(&c->in, part, (size_t)n), memset(part, 0, (size_t)n); /* it may hold a token */
+        if (n < (ssize_t)room || c->in.failed) break;
     }
     if (c->in.failed) c->state = HTTP_DEAD;
 }
@@ -8543,14 +8875,25 @@ static void http_finish(http_conn *c, double now) {
 
 enum {
     ROUTE_MAX_UNSENT = 1 << 20,  /* bytes of events that a slow reader may leave unread before its job is cancelled */
-    ROUTE_KEEP_BUFFER = 1 << 16, /* larger bodies and answers give their memory back */
+    ROUTE_KEEP_BUFFER = 1 << 16, /* larger bodies give their memory back */
+    ROUTE_MAX_BUFFERS = 32 << 20, /* bytes that all connections together may hold; beyond, only small requests are taken */
+    ROUTE_SMALL = 4096,
     ROUTE_MAX_CONNS = 8192,      /* open connections; more wait in the listen queue */
     ROUTE_SPARE_FDS = 32,        /* descriptors kept for files and the callback */
     ROUTE_STALL_S = 60           /* a busy engine without progress for so long is unhealthy */
 };
 
+typedef struct { /* what is in force; written by the starter thread, each field once */
+    int off;        /* --no-sandbox */
+    int hardened;   /* no new privileges, no core files, no debugger */
+    int landlock;   /* atomic: the kernel's version of it, or 0 */
+    int seccomp;    /* atomic: 0, 1 while loading, 2 for good */
+} route_sandbox;
+
 typedef struct { /* what the command line decides; strings live as long as the server */
-    const char *worker_id, *model_ref, *api_token; /* api_token NULL: none is needed */
+    const char *worker_id, *model_ref;
+    int has_token;                 /* requests need a bearer token */
+    unsigned char token_hash[32];  /* its SHA-256 */
     int max_tokens_out, header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, sse_ping_ms;
     int drain_timeout_s, exit_with_parent, check_host;          /* check_host: listens on loopback without a token */
 } route_settings;
@@ -8567,8 +8910,12 @@ typedef struct {
     enum route_status status;
     int fatal;                   /* atomic; an exit code that ends the server, or -1 */
     int signals;                 /* atomic; SIGTERM and SIGINT so far */
+    route_sandbox sandbox;
+    int landlock_fd;             /* atomic: rules for the I/O thread to enter, or -1; afterwards */
+    int landlock_entered;        /* atomic: 1 if it could, -1 if not */
     http_conn *conn[ROUTE_MAX_CONNS];
     int n_conns, max_conns, n_streams;
+    size_t buffered;             /* bytes of all connections' buffers */
     double t_start, t_drain, t_memory, t_parent, t_accept; /* t_accept: no accept before, after EMFILE */
     pid_t parent;
     sys_memory memory;           /* refreshed once a second */
@@ -8716,6 +9063,13 @@ static void route_sink(engine_job *j, const engine_event *ev) {
 
 /* ---- streams, on the I/O thread ---- */
 
+static void route_count_buffers(route_server *s, http_conn *c) {
+    size_t now = c->in.cap + c->head.cap + c->body.cap + c->out.cap;
+    if (c->state == HTTP_BODY && c->req.body_kind == BODY_LENGTH && c->req.content_length > c->body.cap) now += (size_t)c->req.content_length - c->body.cap;
+    s->buffered = s->buffered - c->counted + now;
+    c->counted = now;
+}
+
 static void route_put_chunk(http_conn *c, str text) {
     if (text.len == 0) return;
     if (c->req.minor == 0) buf_add(&c->out, text.ptr, text.len);
@@ -8785,7 +9139,9 @@ static void route_take_news(route_server *s, route_stream *st, double now) {
     st->out.len = 0;
     pthread_mutex_unlock(&s->lock);
     if (c && st->refused) route_refuse(s, c, st->refused, buf_cstr(&st->message), buf_cstr(&st->details), buf_str(&st->job->field_errors));
-    if (c && (failed || c->out.failed || c->out.len > ROUTE_MAX_UNSENT)) { /* out of memory, or nobody reads */
+    if (c) route_count_buffers(s, c);
+    if (c && (failed || c->out.failed || c->out.len > ROUTE_MAX_UNSENT || (c->out.len > ROUTE_KEEP_BUFFER && s->buffered > ROUTE_MAX_BUFFERS))) {
+        /* out of memory, or nobody reads */
         c->state = HTTP_DEAD;
         if (!done) route_abandon(st);
     }
@@ -8925,6 +9281,7 @@ static const char *route_parse_job(const route_server *s, engine_job *j, str bod
         buf name = {0};
         json_unescape(key, &name);
         str n = buf_str(&name);
+        j->failed |= name.failed;
         if ((t = json_next(&r)) == JSON_ERROR) {
         } else if (str_is(n, "job_id")) has_id = 1, route_set_string(j, "job_id", t, r.token, &j->id, MAX_JOB_ID_BYTES, 1);
         else if (str_is(n, "prompt")) has_prompt = 1, route_set_string(j, "prompt", t, r.token, &j->prompt, MAX_PROMPT_CHARS, 0);
@@ -8938,6 +9295,8 @@ static const char *route_parse_job(const route_server *s, engine_job *j, str bod
     }
     if (!r.error) json_next(&r); /* nothing may follow the object */
     *at = r.pos;
+    j->failed |= j->id.failed | j->prompt.failed | j->cache_name.failed | j->field_errors.failed;
+    for (int i = 0; i < MAX_STOPS; i++) j->failed |= j->stop[i].failed;
     if (r.error) return r.error;
     if (!has_id) route_set_string(j, "job_id", JSON_END, str_of(""), &j->id, MAX_JOB_ID_BYTES, 1);
     if (!has_prompt) route_set_string(j, "prompt", JSON_END, str_of(""), &j->prompt, MAX_PROMPT_CHARS, 0);
@@ -8980,8 +9339,8 @@ static route_stream *route_stream_new(route_server *s, http_conn *c, engine_job 
 
 static const char *route_submit_message(const engine_error *why) {
     if (why == &ERR_JOB_EXISTS) return "a job with this job_id is running or queued, or has succeeded within the last minute (give resume_from to run it again)";
-    if (why == &ERR_BUSY) return "all slots are busy and the queue is full";
-    return "the worker is shutting down";
+    if (why == &ERR_BUSY) return "all slots are busy and the queue, or the memory for jobs, is full";
+    return "the worker takes no more jobs";
 }
 
 static void route_execute(route_server *s, http_conn *c) {
@@ -9003,7 +9362,7 @@ static void route_execute(route_server *s, http_conn *c) {
     if (wrong) snprintf(message, sizeof message, "the body is not a JSON object: %s (at byte %zu)", wrong, at);
     s->n_streams++;
     c->state = HTTP_WAIT, c->stream = st;
-    const engine_error *why = wrong || (j->field_errors.len && (!j->id.len || !j->prompt.len)) ? &ERR_INVALID : engine_submit(s->e, j);
+    const engine_error *why = j->failed ? &ERR_BUSY : wrong || (j->field_errors.len && (!j->id.len || !j->prompt.len)) ? &ERR_INVALID : engine_submit(s->e, j);
     if (!why) return;
     if (why == &ERR_INVALID) engine_count_rejected(s->e);
     char details[96] = "";
@@ -9024,7 +9383,7 @@ static void route_do_cancel(route_server *s, http_conn *c, str id) {
     json_kv_cstr(&b, "status", found == 2 ? "cancelled" : "cancelling");
     buf_putc(&b, '}');
     log_event(LOG_INFO, "cancel", c->correlation, id, found == 1 ? "\"known\":true" : found ? "\"ended\":true" : "\"known\":false");
-    http_respond(c, 202, "application/json", "", buf_str(&b));
+    http_respond_buf(c, 202, "application/json", &b);
     buf_free(&b);
 }
 
@@ -9040,8 +9399,9 @@ static void route_cancel(route_server *s, http_conn *c) { /* {"job_id":"..."} */
         json_skip(&r, t);
     }
     if (!r.error) json_next(&r);
-    if (!is_object || r.error) http_error(c, &ERR_INVALID, "the body must be a JSON object", "", str_of(""), "");
-    else if (!has_id || id.len < 1 || id.len > MAX_JOB_ID_BYTES || id.failed)
+    if (id.failed) http_error(c, &ERR_BUSY, "not enough memory for this request", "", str_of(""), "");
+    else if (!is_object || r.error) http_error(c, &ERR_INVALID, "the body must be a JSON object", "", str_of(""), "");
+    else if (!has_id || id.len < 1 || id.len > MAX_JOB_ID_BYTES)
         http_error(c, &ERR_INVALID, "job_id must be a string of 1 to 256 bytes", "", str_of(""), "");
     else route_do_cancel(s, c, buf_str(&id));
     buf_free(&id);
@@ -9062,7 +9422,8 @@ static void route_cancel_path(route_server *s, http_conn *c) { /* /cancel/{job_i
         ok = byte >= 0;
         if (ok) buf_putc(&id, (char)byte), i += 2;
     }
-    if (!ok || id.len < 1 || id.len > MAX_JOB_ID_BYTES || utf8_count(buf_str(&id)) < 0)
+    if (id.failed) http_error(c, &ERR_BUSY, "not enough memory for this request", "", str_of(""), "");
+    else if (!ok || id.len < 1 || id.len > MAX_JOB_ID_BYTES || utf8_count(buf_str(&id)) < 0)
         http_error(c, &ERR_INVALID, "the path must be /cancel/{job_id}, percent-encoded UTF-8 of 1 to 256 bytes", "", str_of(""), "");
     else route_do_cancel(s, c, buf_str(&id));
     buf_free(&id);
@@ -9072,6 +9433,7 @@ static void route_cancel_path(route_server *s, http_conn *c) { /* /cancel/{job_i
 
 static const char *route_why_unhealthy(const route_server *s, const engine_stats *stats) { /* NULL: healthy */
     int64_t idle_ms = (int64_t)(sys_now() * 1000) - __atomic_load_n(&s->e->progress_ms, __ATOMIC_RELAXED);
+    if (gguf_is_lost(s->e->m->file)) return "the model file cannot be read any more";
     return stats->running && idle_ms > ROUTE_STALL_S * 1000 ? "the engine makes no progress" : NULL;
 }
 
@@ -9105,6 +9467,7 @@ static void route_health_model(const route_server *s, buf *b) {
     json_kv_u64(b, "weights_resident", s->memory.file_pages < e->m->file->size ? s->memory.file_pages : e->m->file->size);
     json_kv_u64(b, "kv", engine_kv_bytes(e));
     json_kv_u64(b, "scratch", engine_private_bytes(e));
+    json_kv_u64(b, "requests", e->job_bytes_most + ROUTE_MAX_BUFFERS); /* what jobs and connections may take at most */
     buf_putc(b, '}');
     json_kv_cstr(b, "tokenizer_kind", e->m->tok->name);
     json_kv_int(b, "vocab_size", e->m->n_vocab);
@@ -9112,6 +9475,16 @@ static void route_health_model(const route_server *s, buf *b) {
     json_kv_cstr(b, "simd", e->k->name);
     json_kv_int(b, "threads", e->threads.n_threads);
     route_put_fingerprint(b, e);
+}
+
+static void route_health_sandbox(const route_server *s, buf *b) {
+    json_put_key(b, "sandbox"), buf_putc(b, '{');
+    json_kv_bool(b, "enabled", !s->sandbox.off);
+    json_kv_bool(b, "no_new_privileges", s->sandbox.hardened);
+    json_kv_int(b, "landlock", __atomic_load_n(&s->sandbox.landlock, __ATOMIC_RELAXED));
+    json_kv_int(b, "seccomp", __atomic_load_n(&s->sandbox.seccomp, __ATOMIC_RELAXED));
+    json_kv_int(b, "uid", (int64_t)geteuid());
+    buf_putc(b, '}');
 }
 
 static void route_health(route_server *s, http_conn *c) {
@@ -9135,9 +9508,10 @@ static void route_health(route_server *s, http_conn *c) {
     json_kv_int(&b, "vram_bytes_used", 0);
     json_kv_num(&b, "uptime_seconds", sys_now() - s->t_start, 0);
     if (s->e) route_health_model(s, &b), route_health_jobs(s, &stats, &b);
+    route_health_sandbox(s, &b);
     json_kv_cstr(&b, "version", LORCH_VERSION);
     buf_putc(&b, '}');
-    http_respond(c, strcmp(status, "healthy") == 0 ? 200 : 503, "application/json", "", buf_str(&b));
+    http_respond_buf(c, strcmp(status, "healthy") == 0 ? 200 : 503, "application/json", &b);
     buf_free(&b);
 }
 
@@ -9149,7 +9523,7 @@ static void route_livez(route_server *s, http_conn *c) {
 }
 
 static void route_readyz(route_server *s, http_conn *c) {
-    int ok = s->status == ROUTE_READY;
+    int ok = s->status == ROUTE_READY && !gguf_is_lost(s->e->m->file);
     http_respond(c, ok ? 200 : 503, "application/json", ok ? "" : "Retry-After: 1\r\n", str_of(ok ? "{\"status\":\"ready\"}" : "{\"status\":\"not ready\"}"));
 }
 
@@ -9207,7 +9581,7 @@ static void route_metrics(route_server *s, http_conn *c) {
     route_metric_hist(&p, "worker_queue_wait_seconds", "From a job's arrival to its slot.", &t.queue_wait, 1);
     route_metric_head(&p, "worker_build_info", "gauge", "Always 1; the labels say what runs.");
     buf_printf(&p.b, "worker_build_info{%s,version=\"%s\",simd=\"%s\"} 1\n", p.labels, LORCH_VERSION, s->e ? s->e->k->name : "");
-    http_respond(c, 200, "text/plain; version=0.0.4; charset=utf-8", "", buf_str(&p.b));
+    http_respond_buf(c, 200, "text/plain; version=0.0.4; charset=utf-8", &p.b);
     buf_free(&p.b);
 }
 
@@ -9255,18 +9629,20 @@ static const route *route_find(str path) {
     return NULL;
 }
 
-/* Compares without telling by its time where the texts differ. */
-static int route_same_secret(str given, const char *secret) {
-    size_t n = strlen(secret), differ = given.len ^ n;
-    for (size_t i = 0; i < given.len; i++) differ |= (unsigned char)given.ptr[i] ^ (unsigned char)secret[n ? i % n : 0];
-    return differ == 0;
-}
-
+/* The token itself is not kept: its SHA-256 is compared with that of what is given, which also takes the same time
+ * whatever differs. The given one is wiped where it stands. */
 static int route_has_token(const route_server *s, const http_request *r) {
     const http_header *h = http_find(r, "authorization");
-    if (!s->set.api_token) return 1;
-    if (!h || http_count(r, "authorization") != 1 || h->value.len < 7 || !str_ieq(str_make(h->value.ptr, 7), "bearer ")) return 0;
-    return route_same_secret(str_make(h->value.ptr + 7, h->value.len - 7), s->set.api_token);
+    unsigned char hash[32];
+    int differ = !h || http_count(r, "authorization") != 1 || h->value.len < 7 || !str_ieq(str_make(h->value.ptr, 7), "bearer ");
+    if (!s->set.has_token) return 1;
+    if (!differ) {
+        sha256(str_make(h->value.ptr + 7, h->value.len - 7), hash);
+        for (int i = 0; i < 32; i++) differ |= hash[i] ^ s->set.token_hash[i];
+    }
+    for (int i = 0; i < r->n_headers; i++)
+        if (str_ieq(r->header[i].name, "authorization")) sys_wipe((char *)(uintptr_t)r->header[i].value.ptr, r->header[i].value.len);
+    return !differ;
 }
 
 /* "localhost", "127.x.y.z" or "[::1]", with or without a port: nothing that a name server could point elsewhere. */
@@ -9344,8 +9720,15 @@ static void route_set_correlation(http_conn *c) { /* the request's, if it is har
 static const char *route_framing_message(const engine_error *e) {
     if (e == &ERR_TOO_LARGE) return "the body is larger than 1 MiB";
     if (e == &ERR_HEADERS) return "the head is larger than 16 KiB or has more than 100 headers";
+    if (e == &ERR_BUSY) return "not enough memory for this request";
     if (e == &ERR_HTTP_VERSION) return "only HTTP/1.0 and HTTP/1.1 are spoken here";
     return "malformed HTTP request";
+}
+
+/* Too much is being received and held for others: this connection is not to add to it. Small requests always may. */
+static int route_is_crowded(const route_server *s, const http_conn *c, size_t more) {
+    size_t mine = c->in.cap + c->body.cap + more;
+    return s->buffered - c->counted + mine > ROUTE_MAX_BUFFERS && mine > ROUTE_SMALL;
 }
 
 /* Takes the next request as far as its bytes have come. 0: nothing more to do now. */
@@ -9361,7 +9744,10 @@ static int route_step(route_server *s, http_conn *c, double now) {
         if (c->req.expect_continue && !c->body_done && c->in.len == 0) buf_puts(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
         c->state = HTTP_BODY, c->t_input = now;
     }
-    if ((got = http_read_body(c, &error)) == 0) return 0;
+    if ((got = http_read_body(c, &error)) == 0) {
+        if (!route_is_crowded(s, c, c->req.body_kind == BODY_LENGTH ? (size_t)c->req.content_length - c->body.len : 0)) return 0;
+        got = -1, error = &ERR_BUSY;
+    }
     if (got < 0) return route_reject(c, error, route_framing_message(error)), 1;
     c->state = HTTP_HEAD, c->t_input = now;
     const route *r = route_find(c->req.path);
@@ -9374,8 +9760,11 @@ static int route_step(route_server *s, http_conn *c, double now) {
 static void route_advance(route_server *s, http_conn *c, double now) {
     while ((c->state == HTTP_HEAD || c->state == HTTP_BODY) && !c->close_after && c->out.len < HTTP_MAX_OUT)
         if (!route_step(s, c, now)) break;
+    if (c->out.failed) c->state = HTTP_DEAD;
     if (c->out.len && c->state != HTTP_DEAD) http_send(c, now);
-    if (c->out.len == 0 && c->out.cap > ROUTE_KEEP_BUFFER) buf_free(&c->out);
+    if (c->out.len == 0) buf_free(&c->out);
+    if (c->in.len == 0) buf_free(&c->in);
+    route_count_buffers(s, c);
     if (c->close_after && c->out.len == 0 && c->state < HTTP_WAIT) http_finish(c, now);
     if (c->eof && c->out.len == 0 && c->state < HTTP_WAIT) c->state = HTTP_DEAD; /* nothing more can come, nothing is owed */
 }
@@ -9449,6 +9838,7 @@ static void route_sweep(route_server *s) { /* frees dead connections */
             continue;
         }
         if (c->stream) route_abandon(c->stream);
+        s->buffered -= c->counted;
         http_conn_free(c);
         s->conn[i] = s->conn[--s->n_conns];
     }
@@ -9466,6 +9856,8 @@ static void route_refresh_memory(route_server *s, double now) {
 static int route_housekeeping(route_server *s, double now) {
     if (!s->e && (s->e = __atomic_load_n(&s->loaded, __ATOMIC_ACQUIRE)) != NULL && s->status == ROUTE_LOADING) s->status = ROUTE_READY;
     if (__atomic_load_n(&s->fatal, __ATOMIC_ACQUIRE) >= 0) return 0;
+    int rules = __atomic_exchange_n(&s->landlock_fd, -1, __ATOMIC_ACQUIRE);
+    if (rules >= 0) __atomic_store_n(&s->landlock_entered, sys_landlock_enter(rules) ? 1 : -1, __ATOMIC_RELEASE);
     if (__atomic_load_n(&s->signals, __ATOMIC_RELAXED)) route_begin_drain(s, "signal");
     if (s->set.exit_with_parent && getppid() != s->parent) route_begin_drain(s, "the parent process has ended");
     if (s->status != ROUTE_DRAINING) return 1;
@@ -9524,7 +9916,8 @@ static int route_serve(route_server *s) {
 
 /* ==== Pool-manager client ==================================================================
  * The ready callback: one POST to the URL that the pool manager gave, from the thread that loaded the
- * model. Answers of 2xx register the worker; anything else is tried again after each of three pauses. */
+ * model. Answers of 2xx register the worker; anything else is tried again after each of three pauses. The
+ * host's name is resolved once, at the start: afterwards the sandbox takes files and name service away. */
 
 typedef struct {
     char host[256], path[2048]; /* path with its query, as given */
@@ -9579,15 +9972,29 @@ static int callback_wait(int fd, short events, double until, const int *stop) {
     return 0;
 }
 
-static int callback_connect(const callback_url *u, double until, const int *stop) { /* a socket, or -1 */
+static const double callback_pauses[] = {0.25, 0.5, 1}; /* seconds before the retries, of the name as of the request */
+
+/* The host's addresses, before the sandbox takes the name service away; tried again like a request. NULL: there
+ * are none, which has been logged, or *stop. */
+static struct addrinfo *callback_resolve(const callback_url *u, const int *stop) {
     struct addrinfo hints, *list = NULL;
     char port[16];
-    int fd = -1;
+    int error = 0;
     memset(&hints, 0, sizeof hints);
     hints.ai_socktype = SOCK_STREAM;
     snprintf(port, sizeof port, "%d", u->port);
-    if (getaddrinfo(u->host, port, &hints, &list)) return -1;
-    for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
+    for (int attempt = 0; attempt < 4; attempt++) {
+        if (attempt) callback_wait(-1, 0, sys_now() + callback_pauses[attempt - 1], stop);
+        if (__atomic_load_n(stop, __ATOMIC_ACQUIRE)) return NULL;
+        if ((error = getaddrinfo(u->host, port, &hints, &list)) == 0) return list;
+    }
+    log_note(LOG_ERROR, "error", "\"code\":\"CALLBACK_REFUSED\",\"message\":\"the pool manager's host has no address\",\"error\":%d", error);
+    return NULL;
+}
+
+static int callback_connect(const struct addrinfo *list, double until, const int *stop) { /* a socket, or -1 */
+    int fd = -1;
+    for (const struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
         int error = 0;
         socklen_t n = sizeof error;
         fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -9596,7 +10003,6 @@ static int callback_connect(const callback_url *u, double until, const int *stop
         else if (!callback_wait(fd, POLLOUT, until, stop) || getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &n)) error = ETIMEDOUT;
         if (error) close(fd), fd = -1;
     }
-    freeaddrinfo(list);
     return fd;
 }
 
@@ -9637,26 +10043,27 @@ static void callback_body(const callback_info *info, int fd, buf *b) {
 }
 
 /* One attempt: the status of the answer, or 0 when there is none. The request goes out in one write. */
-static int callback_post(const callback_url *u, const callback_info *info, const int *stop) {
+static int callback_post(const callback_url *u, const struct addrinfo *to, const callback_info *info, const int *stop) {
     double until = sys_now() + CALLBACK_TIMEOUT_MS / 1000.0;
     buf body = {0}, request = {0};
     char answer[16] = "";
-    int fd = callback_connect(u, until, stop), n = 0;
+    int fd = callback_connect(to, until, stop), n = 0;
     if (fd < 0) return 0;
     callback_body(info, fd, &body);
+    buf_reserve(&request, 8192); /* at once: growing would leave copies of the token */
     buf_printf(&request, "POST %s HTTP/1.1\r\nHost: %.*s\r\nUser-Agent: lorch/" LORCH_VERSION "\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n",
                u->path, u->authority_len, u->authority, body.len);
     if (info->spawn_token) buf_printf(&request, "Authorization: Bearer %s\r\n", info->spawn_token);
     buf_puts(&request, "Connection: close\r\n\r\n");
     buf_add(&request, body.ptr, body.len);
-    int sent = !request.failed && send(fd, request.ptr, request.len, MSG_NOSIGNAL) == (ssize_t)request.len;
+    int sent = !request.failed && !body.failed && send(fd, request.ptr, request.len, MSG_NOSIGNAL) == (ssize_t)request.len;
     while (sent && n < 12 && callback_wait(fd, POLLIN, until, stop)) {
         ssize_t got = recv(fd, answer + n, (size_t)(12 - n), 0);
         if (got < 0 && (errno == EINTR || errno == EAGAIN)) continue;
         if (got <= 0) break;
         n += (int)got;
     }
-    if (request.ptr) memset(request.ptr, 0, request.len); /* it holds the spawn token */
+    sys_wipe(request.ptr, request.len); /* it holds the spawn token */
     buf_free(&body), buf_free(&request);
     close(fd);
     int status = n == 12 && memcmp(answer, "HTTP/1.", 7) == 0 && answer[8] == ' ' ? atoi(answer + 9) : 0;
@@ -9664,13 +10071,12 @@ static int callback_post(const callback_url *u, const callback_info *info, const
 }
 
 /* Registers the worker, with three retries. 1: registered; 0: refused, which has been logged; -1: *stop. */
-static int callback_run(const callback_url *u, const callback_info *info, const int *stop) {
-    static const double pauses[] = {0.25, 0.5, 1};
+static int callback_run(const callback_url *u, const struct addrinfo *to, const callback_info *info, const int *stop) {
     int status = 0;
     for (int attempt = 0; attempt < 4; attempt++) {
-        if (attempt) callback_wait(-1, 0, sys_now() + pauses[attempt - 1], stop);
+        if (attempt) callback_wait(-1, 0, sys_now() + callback_pauses[attempt - 1], stop);
         if (__atomic_load_n(stop, __ATOMIC_ACQUIRE)) return -1;
-        status = callback_post(u, info, stop);
+        status = callback_post(u, to, info, stop);
         if (status >= 200 && status <= 299) {
             log_note(LOG_INFO, "registered", "\"status\":%d,\"attempts\":%d", status, attempt + 1);
             return 1;
@@ -9693,18 +10099,19 @@ enum cli_kind { CLI_STRING, CLI_INT, CLI_FLOAT, CLI_SWITCH, CLI_CHOICE };
 
 typedef struct {
     const char *worker_id, *model, *model_ref, *host, *callback_url, *advertise_uri, *spawn_token, *api_token_file, *config, *log_format, *log_level,
-        *kv_type, *pre, *prompt, *ids, *gpu_device;
+        *kv_type, *pre, *prompt, *ids, *gpu_device, *user;
     const char *stop[MAX_STOPS];
     int n_stop;
-    int64_t port, max_tokens_in, max_tokens_out, inference_timeout_s, kv_cache_mb, parallel, queue, context, threads, chunk, drain_timeout_s, sse_ping_ms,
+    int64_t port, max_tokens_in, max_tokens_out, inference_timeout_s, kv_cache_mb, max_memory_mb, parallel, queue, context, threads, chunk, drain_timeout_s, sse_ping_ms,
         header_timeout_ms, body_timeout_ms, idle_timeout_ms, write_timeout_ms, n, top, top_k, bench_prompt, bench_batch, bench_depth, bench_rounds;
     uint64_t seed;
     double temperature, top_p, min_p, repetition_penalty;
-    int insecure, exit_with_parent, lazy, no_speculate, json, special, no_bos, ignore_eos, has_seed;
+    int insecure, no_sandbox, exit_with_parent, lazy, no_speculate, json, special, no_bos, ignore_eos, has_seed;
     /* not options */
     enum cli_command command;
     const char *file;      /* the subcommands' MODEL */
-    char *api_token;       /* owned */
+    int has_token;
+    unsigned char token_hash[32];
     const char *program;
 } cli_settings;
 
@@ -9736,6 +10143,8 @@ static const cli_option cli_options[] = {
     {"spawn-token", 0, CLI_STRING, CLI_SERVE, F(spawn_token), 0, 0, 0, "TOKEN", "sent with the callback as a bearer token"},
     {"api-token-file", 0, CLI_STRING, CLI_SERVE, F(api_token_file), 0, 0, 0, "FILE", "requests need the bearer token in FILE (or $LLORCH_API_TOKEN)"},
     {"insecure", 0, CLI_SWITCH, CLI_SERVE, F(insecure), 0, 0, 0, 0, "allow listening beyond loopback without a token"},
+    {"user", 0, CLI_STRING, CLI_SERVE, F(user), 0, 0, 0, "NAME", "started as root: become this user once the port and the file are open; NAME or UID[:GID]"},
+    {"no-sandbox", 0, CLI_SWITCH, CLI_SERVE, F(no_sandbox), 0, 0, 0, 0, "keep files and system calls in reach: for debuggers and sanitizers"},
     {"parallel", 0, CLI_INT, CLI_SERVE, F(parallel), 1, MAX_PARALLEL, "4", "N", "jobs that run at the same time; default 4"},
     {"queue", 0, CLI_INT, CLI_SERVE, F(queue), 0, MAX_QUEUE, "32", "N", "jobs that may wait; default 32"},
     {"max-tokens-in", 0, CLI_INT, CLI_SERVE, F(max_tokens_in), 1, MAX_CONTEXT, 0, "N", "longest prompt in tokens; default the context"},
@@ -9757,6 +10166,7 @@ static const cli_option cli_options[] = {
     {"threads", "t", CLI_INT, CLI_ENGINE, F(threads), 1, MAX_THREADS, 0, "N", "compute threads; default by affinity, CPU quota and physical cores"},
     {"kv-type", 0, CLI_CHOICE, CLI_ENGINE, F(kv_type), 0, 0, "f16", "f16|f32|q8_0", "numbers in the KV cache; default f16"},
     {"kv-cache-size-mb", 0, CLI_INT, CLI_SERVE, F(kv_cache_mb), 1, 1e12, 0, "N", "MiB of KV cache; default parallel x context, at most a quarter of free memory"},
+    {"max-memory", 0, CLI_INT, CLI_SERVE, F(max_memory_mb), 1, 1e12, 0, "MB", "MiB that weights, KV cache, scratch and requests may take together; default what is free"},
     {"chunk", 0, CLI_INT, CLI_ENGINE, F(chunk), 1, 1024, 0, "N", "most prompt tokens in one step; default 192"},
     {"no-speculate", 0, CLI_SWITCH, CLI_SERVE | CLI_GENERATE, F(no_speculate), 0, 0, 0, 0, "decode one token a step, without looking ahead in repeated text"},
     {"pre", 0, CLI_STRING, CLI_TOKENS, F(pre), 0, 0, 0, "NAME", "pre-tokenizer to use instead of the one that the file names"},
@@ -9802,6 +10212,11 @@ __attribute__((format(printf, 1, 2), noreturn)) static void cli_usage_error(cons
     exit(2);
 }
 
+__attribute__((noreturn)) static void cli_out_of_memory(void) {
+    fputs("lorch: out of memory\n", stderr);
+    exit(1);
+}
+
 /* ---- collecting values ---- */
 
 static const cli_option *cli_find(str name, enum cli_command command) {
@@ -9818,10 +10233,11 @@ static void cli_store(cli_settings *c, const cli_option *o, const char *value, i
         return;
     }
     if (rank < v->rank) return;
+    if (v->value) sys_wipe(v->value, strlen(v->value));
     free(v->value);
     v->value = str_dup(str_of(value)), v->rank = rank;
     snprintf(v->source, sizeof v->source, "%s", source);
-    if (!v->value) cli_usage_error("out of memory");
+    if (!v->value) cli_out_of_memory();
 }
 
 static const cli_option *cli_match(const char *arg, enum cli_command command, const char **value) { /* --name, --name=value, -x */
@@ -9853,7 +10269,7 @@ static void cli_from_arguments(cli_settings *c, int argc, char **argv, int first
         if (!value && ++i == argc) cli_usage_error("%s needs a value", source);
         if (!value) value = argv[i];
         cli_store(c, o, value, 3, source);
-        if (o->field == offsetof(cli_settings, spawn_token)) memset((char *)(uintptr_t)value, 'x', strlen(value)); /* argv is for everyone to see */
+        if (o->field == offsetof(cli_settings, spawn_token)) sys_wipe((char *)(uintptr_t)value, strlen(value)); /* argv is for everyone to see */
     }
 }
 
@@ -9870,7 +10286,7 @@ static void cli_from_environment(cli_settings *c) {
         char *value = getenv(name);
         if (!value) continue;
         cli_store(c, &cli_options[i], value, 2, name);
-        if (cli_options[i].field == offsetof(cli_settings, spawn_token)) memset(value, 'x', strlen(value)), unsetenv(name);
+        if (cli_options[i].field == offsetof(cli_settings, spawn_token)) sys_wipe(value, strlen(value)), unsetenv(name);
     }
 }
 
@@ -9897,8 +10313,9 @@ static void cli_from_line(cli_settings *c, const char *path, int number, str lin
     if (!o || o->field == offsetof(cli_settings, config)) cli_usage_error("%s:%d: unknown key '%s'", path, number, name);
     snprintf(source, sizeof source, "%.80s:%d: %s", path, number, name);
     char *copy = str_dup(value);
-    if (!copy) cli_usage_error("out of memory");
+    if (!copy) cli_out_of_memory();
     cli_store(c, o, copy, 1, source);
+    sys_wipe(copy, value.len);
     free(copy);
 }
 
@@ -9913,6 +10330,7 @@ static void cli_from_file(cli_settings *c, const char *path, const char *source)
         cli_from_line(c, path, number, str_make(p, used));
         p += len + (p[len] == '\n');
     }
+    sys_wipe(text, sizeof text); /* it may hold a token */
 }
 
 /* ---- checking values ---- */
@@ -10035,8 +10453,10 @@ typedef struct { /* what the starter thread needs: loads the model, then calls t
     route_server server;
     callback_url url;
     callback_info info;
+    struct addrinfo *to;                  /* the URL's addresses */
     int has_callback, stop, starter_done; /* the last two are atomic; stop: the server has ended */
     int percent;
+    uint64_t model_bytes;
 } cli_worker;
 
 static cli_worker cli_the_worker; /* static for the signal handler's sake */
@@ -10090,9 +10510,8 @@ static void cli_log_failure(const char *code, const char *message, const char *p
 static engine *cli_load(cli_worker *w) {
     char err[LORCH_ERROR_BYTES];
     const cli_settings *c = w->settings;
-    struct stat st;
     lorch_options o;
-    uint64_t size = stat(c->model, &st) == 0 && S_ISREG(st.st_mode) ? (uint64_t)st.st_size : 0;
+    uint64_t size = w->model_bytes;
     buf b = {0};
     json_kv_cstr(&b, "model_path", c->model);
     log_event(LOG_INFO, "model_load_start", NULL, str_of(""), buf_cstr(&b));
@@ -10106,6 +10525,10 @@ static engine *cli_load(cli_worker *w) {
     cli_engine_options(c, &o);
     uint64_t required = 0;
     engine *e = engine_open(m, &o, 1, &required, err, sizeof err);
+    if (e && gguf_is_lost(e->m->file)) {
+        snprintf(err, sizeof err, "%s: the file cannot be read: is the disk in order?", c->model);
+        engine_close(e), e = NULL;
+    }
     if (!e) {
         int memory = strncmp(err, "INSUFFICIENT_MEMORY: ", 21) == 0;
         cli_log_failure(memory ? "INSUFFICIENT_MEMORY" : "MODEL_LOAD_FAILED", memory ? err + 21 : err, c->model, required ? required : size);
@@ -10127,8 +10550,36 @@ static void cli_log_loaded(const engine *e, double seconds) {
     buf_free(&b);
 }
 
+/* The second step of the sandbox, by the starter thread, before the first byte of the model file is looked at. */
+static void cli_enter_sandbox(cli_worker *w) {
+    route_server *s = &w->server;
+    sys_keep();
+    if (s->sandbox.off) return;
+    int rules = sys_landlock_open(w->has_callback ? w->url.port : 0);
+    if (rules >= 0) { /* it holds for one thread and those that it starts: the I/O thread has to enter by itself */
+        __atomic_store_n(&s->landlock_fd, rules, __ATOMIC_RELEASE);
+        route_wake(s);
+        while (!__atomic_load_n(&s->landlock_entered, __ATOMIC_ACQUIRE) && !__atomic_load_n(&w->stop, __ATOMIC_ACQUIRE)) poll(NULL, 0, 1);
+        if (sys_landlock_enter(rules) && __atomic_load_n(&s->landlock_entered, __ATOMIC_ACQUIRE) > 0)
+            __atomic_store_n(&s->sandbox.landlock, (int)sys_landlock_abi(), __ATOMIC_RELAXED);
+        close(rules);
+    }
+    if (sys_seccomp_begin()) __atomic_store_n(&s->sandbox.seccomp, 1, __ATOMIC_RELAXED);
+}
+
+static void cli_leave_start(cli_worker *w) { /* the third step */
+    if (w->server.sandbox.seccomp && sys_seccomp_end()) __atomic_store_n(&w->server.sandbox.seccomp, 2, __ATOMIC_RELAXED);
+}
+
 static void cli_start_worker(cli_worker *w) {
     double from = sys_now();
+    if (w->has_callback && !(w->to = callback_resolve(&w->url, &w->stop))) {
+        cli_end_server(w, 3);
+        return;
+    }
+    sys_kept.most_memory = (uint64_t)w->settings->max_memory_mb << 20;
+    if (sys_kept.most_memory) sys_kept.most_memory = sys_kept.most_memory > ROUTE_MAX_BUFFERS ? sys_kept.most_memory - ROUTE_MAX_BUFFERS : 1;
+    cli_enter_sandbox(w);
     engine *e = cli_load(w);
     if (!e) {
         cli_end_server(w, 1);
@@ -10139,8 +10590,12 @@ static void cli_start_worker(cli_worker *w) {
     __atomic_store_n(&w->server.loaded, e, __ATOMIC_RELEASE);
     route_wake(&w->server);
     log_note(LOG_INFO, "ready", "\"port\":%d,\"ready_ms\":%.0f", w->info.port, (sys_now() - w->server.t_start) * 1000);
-    w->info.memory_bytes = e->m->weight_bytes + engine_kv_bytes(e) + engine_private_bytes(e);
-    if (w->has_callback && callback_run(&w->url, &w->info, &w->stop) == 0) cli_end_server(w, 3);
+    w->info.memory_bytes = e->m->weight_bytes + engine_kv_bytes(e) + engine_private_bytes(e) + e->job_bytes_most + ROUTE_MAX_BUFFERS;
+    int refused = w->has_callback && callback_run(&w->url, w->to, &w->info, &w->stop) == 0;
+    if (w->to) freeaddrinfo(w->to), w->to = NULL;
+    if (w->info.spawn_token) sys_wipe((char *)(uintptr_t)w->info.spawn_token, strlen(w->info.spawn_token)); /* an option's value, of no more use */
+    cli_leave_start(w);
+    if (refused) cli_end_server(w, 3);
     else engine_fingerprint(e, &w->stop);
 }
 
@@ -10193,9 +10648,9 @@ static void cli_read_token(cli_settings *c) { /* --api-token-file, else LLORCH_A
     for (size_t i = 0; i < token.len; i++)
         if ((unsigned char)token.ptr[i] <= ' ' || (unsigned char)token.ptr[i] >= 0x7f)
             cli_usage_error("%s: the token must be printable ASCII without spaces", c->api_token_file ? cli_source("api-token-file") : "LLORCH_API_TOKEN");
-    if (token.len) c->api_token = str_dup(token);
-    memset(text, 0, sizeof text);
-    if (env) memset(env, 0, strlen(env)), unsetenv("LLORCH_API_TOKEN");
+    if (token.len) c->has_token = 1, sha256(token, c->token_hash);
+    sys_wipe(text, sizeof text);
+    if (env) sys_wipe(env, strlen(env)), unsetenv("LLORCH_API_TOKEN");
 }
 
 static struct addrinfo *cli_resolve(const cli_settings *c) {
@@ -10236,18 +10691,21 @@ static void cli_check_serve(cli_settings *c, cli_worker *w) {
 }
 
 static void cli_route_settings(const cli_settings *c, int loopback, route_settings *s) {
-    s->worker_id = c->worker_id, s->model_ref = c->model_ref, s->api_token = c->api_token;
+    s->worker_id = c->worker_id, s->model_ref = c->model_ref, s->has_token = c->has_token;
+    memcpy(s->token_hash, c->token_hash, sizeof s->token_hash);
     s->max_tokens_out = (int)c->max_tokens_out, s->header_timeout_ms = (int)c->header_timeout_ms, s->body_timeout_ms = (int)c->body_timeout_ms;
     s->idle_timeout_ms = (int)c->idle_timeout_ms, s->write_timeout_ms = (int)c->write_timeout_ms, s->sse_ping_ms = (int)c->sse_ping_ms;
     s->drain_timeout_s = (int)c->drain_timeout_s, s->exit_with_parent = c->exit_with_parent;
-    s->check_host = loopback && !c->api_token;
+    s->check_host = loopback && !c->has_token;
 }
 
 static int cli_open_server(cli_worker *w, const route_settings *set) {
     route_server *s = &w->server;
     struct rlimit files;
     struct sigaction act;
-    s->set = *set, s->fatal = -1, s->t_start = sys_now(), s->parent = getppid();
+    s->set = *set, s->fatal = -1, s->t_start = sys_now(), s->parent = getppid(), s->landlock_fd = -1;
+    s->sandbox.off = w->settings->no_sandbox;
+    s->sandbox.hardened = !s->sandbox.off && sys_harden();
     pthread_mutex_init(&s->lock, NULL);
     if (pipe2(s->wake, O_NONBLOCK | O_CLOEXEC)) return 0;
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
@@ -10261,7 +10719,44 @@ static int cli_open_server(cli_worker *w, const route_settings *set) {
     act.sa_handler = cli_on_signal;
     sigaction(SIGTERM, &act, NULL), sigaction(SIGINT, &act, NULL);
     signal(SIGPIPE, SIG_IGN);
+    gguf_watch();
     return 1;
+}
+
+/* Opens what is read later, while this process may still be root. */
+static void cli_open_files(cli_worker *w) {
+    struct stat st;
+    const char *path = w->settings->model;
+    int writable = 0, fd = sys_open(path, &writable), why = errno;
+    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode)) w->model_bytes = (uint64_t)st.st_size;
+    sys_kept.path = path, sys_kept.file = fd, sys_kept.why = why, sys_kept.writable = writable;
+    sys_kept.statm = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+}
+
+static int cli_number(const char *text, long *v) { /* a user or group id */
+    char *end;
+    if (*text < '0' || *text > '9') return 0;
+    *v = strtol(text, &end, 10);
+    return *end == 0 && *v >= 0 && *v < 0xffffffffL;
+}
+
+static void cli_find_user(const cli_settings *c, long *uid, long *gid) { /* NAME, UID or UID:GID */
+    char text[128];
+    snprintf(text, sizeof text, "%s", c->user);
+    char *colon = strchr(text, ':');
+    if (colon) *colon = 0;
+    int ok = cli_number(text, uid);
+    const struct passwd *p = ok ? getpwuid((uid_t)*uid) : colon ? NULL : getpwnam(text);
+    if (p) *uid = (long)p->pw_uid, *gid = (long)p->pw_gid;
+    else *gid = *uid;
+    if ((!ok && !p) || (colon && !cli_number(colon + 1, gid))) cli_usage_error("%s: there is no user '%.100s'", cli_source("user"), c->user);
+    if (geteuid() != 0) cli_usage_error("%s: only root can become another user", cli_source("user"));
+}
+
+/* Gives root up, for good. 0: it could not be done. */
+static int cli_become(long uid, long gid) {
+    return setgroups(0, NULL) == 0 && setresgid((gid_t)gid, (gid_t)gid, (gid_t)gid) == 0 && setresuid((uid_t)uid, (uid_t)uid, (uid_t)uid) == 0 &&
+           (uid == 0 || setuid(0) != 0);
 }
 
 /* Ends what still runs and gives everything back. A layer that takes longer than the drain's grace is not waited for. */
@@ -10274,7 +10769,9 @@ static void cli_close_server(cli_worker *w) {
     route_take_all_news(s, sys_now());
     engine_close(e);
     close(s->listen_fd), close(s->wake[0]), close(s->wake[1]);
-    free(w->settings->api_token);
+    if (sys_kept.statm >= 0) close(sys_kept.statm);
+    if (sys_kept.file >= 0) close(sys_kept.file);
+    if (w->to) freeaddrinfo(w->to);
     for (int i = 0; i < N_CLI_OPTIONS; i++) free(cli_values[i].value);
 }
 
@@ -10284,11 +10781,13 @@ static int cli_serve(cli_settings *c) {
     pthread_t starter;
     char message[256];
     int port = 0;
+    long uid = 0, gid = 0;
     w->settings = c;
     cli_check_serve(c, w);
+    if (c->user) cli_find_user(c, &uid, &gid);
     struct addrinfo *a = cli_resolve(c);
     enum cli_reach reach = cli_reach_of(a->ai_addr);
-    if (reach != CLI_LOOPBACK && !c->api_token && !c->insecure)
+    if (reach != CLI_LOOPBACK && !c->has_token && !c->insecure)
         cli_usage_error("%s: %s is open to others: give --api-token-file (or LLORCH_API_TOKEN), or --insecure", cli_source("host"), c->host);
     log_state.quiet = 0, log_state.json = c->log_format ? strcmp(c->log_format, "json") == 0 : !isatty(STDERR_FILENO);
     for (int i = 0; i <= LOG_TRACE; i++)
@@ -10310,6 +10809,8 @@ static int cli_serve(cli_settings *c) {
     if (reach == CLI_ONE_ADDRESS && strchr(c->host, ':')) snprintf(host, sizeof host, "[%.120s]", c->host), info.host = host;
     w->info = info;
     freeaddrinfo(a);
+    cli_open_files(w);
+    if (c->user && !cli_become(uid, gid)) return cli_log_failure("MODEL_LOAD_FAILED", "cannot become the user that --user names", c->model, 0), 1;
     if (sys_thread(&starter, cli_starter, w)) return cli_log_failure("MODEL_LOAD_FAILED", "cannot start a thread", c->model, 0), 1;
     int code = route_serve(&w->server);
     __atomic_store_n(&w->stop, 1, __ATOMIC_RELEASE);
@@ -10926,6 +11427,7 @@ int main(int argc, char **argv) {
     cli_from_arguments(&c, argc, argv, first);
     if (needs_file && !c.file) cli_usage_error("%s: which model file?", argv[1]);
     cli_merge(&c);
+    if (c.command != CLI_SERVE) gguf_last_word = "lorch: the model file has shrunk, or cannot be read\n", gguf_watch();
     int code = run(&c);
     if (c.command != CLI_SERVE)
         for (int i = 0; i < N_CLI_OPTIONS; i++) free(cli_values[i].value);

@@ -6,8 +6,8 @@
 # It needs sh, cc, make and curl, and less than five minutes on two cores. What more a test wants is taken if it is
 # there, else the test is skipped by name; .ci/run installs all of it. -v shows what passing tests have to say.
 #
-# PATTERN chooses groups (build shape unit engine embed accuracy tokenizer badgguf contract execute wire load curl config asan
-# tsan tools) by a part of their name; if it is no part of one, the tests of the test programs whose names contain it.
+# PATTERN chooses groups (build shape unit engine embed accuracy tokenizer badgguf contract execute wire guard faults load stress
+# fuzz curl config asan tsan tools) by a part of their name; if it is no part of one, the tests of the test programs whose names contain it.
 #
 # Environment: LORCH_SHARED, a directory with more models and conformance files; LORCH_TEST_FULL=1 adds what takes longer
 # (thread sanitizer, other machines, emulators); CC. Work files are in build/test; what is up to date is not built again.
@@ -27,8 +27,8 @@ MAX_COLUMNS=170 MAX_FUNCTION=70 MAX_UNMARKED=500
 LONG_FUNCTIONS=''
 STRICT='-std=c99 -pedantic -Wall -Wextra -Wshadow -Wconversion -Wundef -Wmissing-prototypes -Wstrict-prototypes'
 SANITIZE='-fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all -fno-var-tracking -g1 -O1'
-GROUPS_ALL='build shape unit engine embed accuracy tokenizer badgguf contract execute wire load curl config asan tsan tools same'
-PROGRAMS='unit engine embed accuracy tokenizer badgguf contract execute wire load'
+GROUPS_ALL='build shape unit engine embed accuracy tokenizer badgguf contract execute wire guard faults load stress fuzz curl config asan tsan tools same'
+PROGRAMS='unit engine embed accuracy tokenizer badgguf contract execute wire guard faults load stress'
 
 # ==== Results ====================================================================================
 
@@ -135,7 +135,7 @@ echo $$ >$W/pid
 
 build_plain() {
     compile lorch $W/lorch "$CC" lorch.c -o $W/lorch -lpthread -lm
-    for p in accuracy tokenizer badgguf contract execute wire load mkmodel; do
+    for p in accuracy tokenizer badgguf contract execute wire guard faults load stress mkmodel; do
         compile $p $W/$p "$CC" -std=c99 -O1 tests/$p.c -o $W/$p -lpthread -lm
     done
     # Jobs of this model last: the 14,000 tokens of a long prompt take seconds, and a token takes milliseconds.
@@ -144,11 +144,13 @@ build_plain() {
     wants engine && compile engine $W/engine "$CC" -std=gnu99 -O1 -w tests/engine.c -o $W/engine -lpthread -lm
     if wants embed build; then
         # shellcheck disable=SC2086
-        compile object $W/lorch.o "$CC" $STRICT -Wno-unused-function -O1 -DLORCH_NO_MAIN -c lorch.c -o $W/lorch.o
+        compile object $W/lorch.o "$CC" $STRICT -O1 -DLORCH_NO_MAIN -c lorch.c -o $W/lorch.o
         compile embed $W/embed "$CC" $STRICT -O1 tests/embed.c $W/lorch.o -o $W/embed -lpthread -lm
     fi
 }
 build_more() {
+    wants fuzz && compile fuzz $W/fuzz "$CC" -std=gnu99 -O1 -w tests/fuzz.c -o $W/fuzz -lpthread -lm
+    wants faults && compile lorch_faults $W/lorch-faults "$CC" -O1 -DLORCH_FAULTS='"tests/faults.h"' lorch.c -o $W/lorch-faults -lpthread -lm
     # shellcheck disable=SC2086
     wants asan && compile asan $W/lorch-asan "$CC" $SANITIZE lorch.c -o $W/lorch-asan -lpthread -lm
     wants curl && compile make lorch make -s lorch
@@ -221,11 +223,33 @@ test_shape() {
         equal "shape: the top level holds what the design names" "$out" ""
     else skip "shape: the top level holds what the design names" "no git repository"; fi
     out=$(make help | awk '{print $2}' | tr '\n' ' ')
-    equal "shape: make help names every target" "$out" "build run test bench debug asan install clean "
+    equal "shape: make help names every target" "$out" "build run test bench fuzz soak debug asan install clean "
     for word in $($W/lorch --help | grep -oE '^  --[a-z-]+' | sort -u); do
         grep -q -e "[\` ]$word[\` ]" README.md || echo "$word"
     done >$W/undocumented
     equal "shape: README.md knows every option" "$(cat $W/undocumented)" ""
+}
+
+# ==== fuzz: hostile bytes ========================================================================
+
+test_fuzz() {
+    compiled fuzz "tests/fuzz.c"
+    [ -x $W/fuzz ] || return
+    if [ -n "${LORCH_TEST_FULL:-}" ] && has clang; then # with sanitizers, and all edits
+        # shellcheck disable=SC2086
+        compile fuzz_asan $W/fuzz-asan clang -std=gnu99 -g1 -O1 -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all -w \
+            tests/fuzz.c -o $W/fuzz-asan -lpthread -lm
+        for mode in "replay tests/corpus" "run 60 tests/corpus" mutate memory; do
+            # shellcheck disable=SC2086
+            run fuzz $W/fuzz-asan $mode
+        done
+        run fuzz $W/fuzz mutate full
+    else
+        for mode in "replay tests/corpus" "run 6 tests/corpus" mutate memory; do
+            # shellcheck disable=SC2086
+            run fuzz $W/fuzz $mode
+        done
+    fi
 }
 
 # ==== curl: what a stranger does ==================================================================
@@ -343,7 +367,8 @@ END
 sanitized() { # GROUP BINARY PROGRAM [NAME-PART...]
     reports=log_path=$PWD/$W/$1-report lorch=$2
     shift 2
-    exec env LORCH="$lorch" LORCH_TEST_SLOW=1 ASAN_OPTIONS="detect_leaks=1:$reports" UBSAN_OPTIONS="print_stacktrace=1:$reports" TSAN_OPTIONS="$reports" "$@"
+    export LORCH_TEST_SLOW=1 LORCH_TEST_NO_SANDBOX=1
+    exec env LORCH="$lorch" ASAN_OPTIONS="detect_leaks=1:$reports" UBSAN_OPTIONS="print_stacktrace=1:$reports" TSAN_OPTIONS="$reports" "$@"
 }
 no_reports() { # GROUP
     out=$(cat $W/"$1"-report* 2>/dev/null)
@@ -360,7 +385,7 @@ test_asan() {
     [ -x $W/lorch-asan ] || return
     rm -f $W/asan-report*
     start_sanitized asan $W/lorch-asan execute
-    for p in contract wire load badgguf tokenizer; do
+    for p in contract wire guard load badgguf tokenizer; do
         start_sanitized asan $W/lorch-asan $p
         collect asan_$p
     done
@@ -407,8 +432,8 @@ test_tsan() {
 
 # ==== main =======================================================================================
 
-LORCH=$W/lorch LORCH_SLOW_MODEL=$W/slow.gguf
-export LORCH LORCH_SLOW_MODEL
+LORCH=$W/lorch LORCH_SLOW_MODEL=$W/slow.gguf LORCH_FAULTS=$W/lorch-faults
+export LORCH LORCH_SLOW_MODEL LORCH_FAULTS
 echo "TAP version 13"
 took compiling
 wanted build && test_build
@@ -419,9 +444,10 @@ wanted unit && launch unit $W/unit
 for p in accuracy tokenizer badgguf; do wanted $p && run $p $W/$p; done
 wanted unit && collect unit
 took "unit, accuracy, tokenizer, badgguf"
-for p in engine embed contract execute wire load; do
+for p in engine embed contract execute wire guard faults load stress; do
     wanted $p && run $p $W/$p && took $p
 done
+wanted fuzz && test_fuzz && took fuzz
 wanted curl && test_curl
 wanted config && test_config
 took "curl and config"

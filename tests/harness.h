@@ -18,7 +18,8 @@
  *
  * Environment: LORCH is the worker binary (./lorch), LORCH_MODELS the directory of the test models
  * (tests/models), LORCH_SLOW_MODEL a model whose jobs last for seconds, LORCH_TEST_SLOW=1 says that
- * the worker is instrumented and every bound on time is ten times as generous.
+ * the worker is instrumented and every bound on time is ten times as generous, LORCH_TEST_NO_SANDBOX
+ * that workers run with --no-sandbox, since sanitizers open files at the end.
  *
  * Threads: tests run on the main thread. A worker's pipes and a manager double are served by one
  * thread each, which touch only their own structure, under its lock. */
@@ -660,10 +661,11 @@ static inline void *worker_thread(void *arg) {
 static inline char **worker_env(char **given, size_t n_given) {
     size_t n = 0, kept = 0;
     while (environ[n]) n++;
-    char **env = mem((n + n_given + 1) * sizeof *env);
+    char **env = mem((n + n_given + 2) * sizeof *env);
     for (size_t i = 0; i < n; i++)
         if (strncmp(environ[i], "LLORCH_", 7)) env[kept++] = environ[i];
     for (size_t i = 0; i < n_given; i++) env[kept++] = given[i];
+    if (getenv("LORCH_TEST_NO_SANDBOX")) env[kept++] = text("LLORCH_NO_SANDBOX=1");
     return env;
 }
 
