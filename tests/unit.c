@@ -1209,7 +1209,7 @@ static void test_stop_sequences(void) {
     if (!t) return;
     static model m;
     static engine e;
-    m.tok = t, e.m = &m;
+    m.file = g, m.tok = t, e.m = &m;
     static const char *const sets[][4] = {
         {"ab"}, {"aab", "b\xc3\xa9"}, {"aa", "aaa"}, {"abcabd"}, {"\xc3\xa9\xc3\xa9"}, {"\xef\xbf\xbd"}, {"a"}, {"ba", "ab", "aa", "bb"}};
     static const int counts[] = {1, 2, 2, 1, 1, 1, 1, 4};
