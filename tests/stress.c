@@ -38,7 +38,8 @@ static void say(int fd, const char *s) { /* small enough for any socket buffer *
 
 static void ask(client *c, int port, int id, int tokens, const char *prompt, enum kind kind) {
     char body[4096], text[5000];
-    int n = snprintf(body, sizeof body, "{\"job_id\":\"s-%ld-%d\",\"prompt\":\"%s\",\"max_tokens\":%d,\"ignore_eos\":true,\"seed\":%d}", (long)getpid(), id, prompt, tokens, id);
+    int n = snprintf(body, sizeof body,
+                     "{\"job_id\":\"s-%ld-%d\",\"prompt\":\"%s\",\"max_tokens\":%d,\"ignore_eos\":true,\"seed\":%d}", (long)getpid(), id, prompt, tokens, id);
     snprintf(text, sizeof text, "POST /execute HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", n, body);
     memset(c, 0, sizeof *c);
     c->fd = open_fd(port), c->kind = kind, c->tokens = tokens, c->id = id, c->began = now_ms();
