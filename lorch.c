@@ -7946,8 +7946,8 @@ static void engine_take_span(engine *e, engine_span *s) {
     double now = sys_now();
     int goes_on = 1, from = j->n_computed;
     if (s->prefill) engine_take_prompt(e, s);
-    if (s->broken) return engine_fail(e, j, &ERR_INTERNAL, "the model's output is not finite: is the file damaged?");
-    if (!s->n_chosen) return;
+    if (s->broken) engine_fail(e, j, &ERR_INTERNAL, "the model's output is not finite: is the file damaged?");
+    if (s->broken || !s->n_chosen) return;
     pthread_mutex_lock(&e->lock);
     j->n_drafted += s->n_draft, e->stats.drafted += (uint64_t)s->n_draft;
     if (!s->prefill) j->n_steps++, engine_average(&e->stats.tokens_per_step, s->n_chosen, 0.005);

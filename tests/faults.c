@@ -60,7 +60,8 @@ static void live(const char *fault, const char *kind, life_result *r) {
     CHECK(code == 0 || code == 1 || code == 3, "%s: exit code %d: %s", fault, code, worker_tail(w));
     char *log = worker_log(w), *counts = strstr(log, "faults:"), *at = counts && *kind ? strstr(counts, text(" %s ", kind)) : NULL;
     if (at) r->count = strtol(at + strlen(kind) + 2, NULL, 10);
-    CHECK(strchr(fault, '+') || code != 0 || r->ready || strstr(log, "\"shutdown\"") || !strncmp(fault, "write", 5), "%s: ended well without having been ready: %s", fault, worker_tail(w));
+    CHECK(strchr(fault, '+') || code != 0 || r->ready || strstr(log, "\"shutdown\"") || !strncmp(fault, "write", 5),
+          "%s: ended well without having been ready: %s", fault, worker_tail(w));
     worker_drop(w);
     manager_end(m);
 }

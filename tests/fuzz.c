@@ -368,7 +368,8 @@ static void fuzz_config(const unsigned char *p, size_t n) {
         cli_from_arguments(&c, argc, argv, 1);
         const cli_value *config = &cli_values[cli_find(str_of("config"), CLI_SERVE) - cli_options];
         if (!config->value) cli_merge(&c);
-        if (c.command == CLI_SERVE && !config->value && (c.port < 0 || c.port > 65535 || c.parallel < 1 || c.parallel > MAX_PARALLEL || c.queue > MAX_QUEUE || !c.log_level))
+        if (c.command == CLI_SERVE && !config->value && (c.port < 0 || c.port > 65535 || c.parallel < 1 || c.parallel > MAX_PARALLEL ||
+            c.queue > MAX_QUEUE || !c.log_level))
             wrong("out of range: port %lld parallel %lld", (long long)c.port, (long long)c.parallel);
         if (!(c.temperature >= 0 && c.temperature <= 2)) wrong("temperature %g", c.temperature);
     } else if (fuzz_exit_code != 2) wrong("exit %d", fuzz_exit_code);

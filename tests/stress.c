@@ -38,7 +38,8 @@ static void say(int fd, const char *s) { /* small enough for any socket buffer *
 
 static void ask(client *c, int port, int id, int tokens, const char *prompt, enum kind kind) {
     char body[4096], text[5000];
-    int n = snprintf(body, sizeof body, "{\"job_id\":\"s-%ld-%d\",\"prompt\":\"%s\",\"max_tokens\":%d,\"ignore_eos\":true,\"seed\":%d}", (long)getpid(), id, prompt, tokens, id);
+    int n = snprintf(body, sizeof body,
+                     "{\"job_id\":\"s-%ld-%d\",\"prompt\":\"%s\",\"max_tokens\":%d,\"ignore_eos\":true,\"seed\":%d}", (long)getpid(), id, prompt, tokens, id);
     snprintf(text, sizeof text, "POST /execute HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", n, body);
     memset(c, 0, sizeof *c);
     c->fd = open_fd(port), c->kind = kind, c->tokens = tokens, c->id = id, c->began = now_ms();
@@ -99,7 +100,8 @@ static void test_crowd(void) {
     files.rlim_cur = files.rlim_max < 8192 ? files.rlim_max : 8192;
     setrlimit(RLIMIT_NOFILE, &files);
     if (files.rlim_cur < CROWD + 100) SKIP("too few descriptors are allowed");
-    worker *w = ready_worker("--model", tiny_model(), "--parallel", "16", "--queue", "600", "--max-tokens-out", "100", "--header-timeout-ms", "3000", "--log-level", "ERROR");
+    worker *w = ready_worker("--model", tiny_model(), "--parallel", "16", "--queue", "600", "--max-tokens-out", "100", "--header-timeout-ms", "3000",
+                             "--log-level", "ERROR");
     port = w->port;
     for (int i = 0; i < CROWD; i++) {
         if (i < STREAMS) ask(&c[i], port, i, tokens, "Once upon a time", STREAM);
@@ -210,7 +212,8 @@ static int descriptors(const worker *w) {
 
 static void begin_client(client *c, int port, int id) {
     static const char *const prompts[] = {"Once upon a time", "A fox and a kite. A fox and a kite. A", "x", "One morning Omar wanted the river more than anything."};
-    static const char *const nonsense[] = {"GET / HTTP/9.9\r\n\r\n", "\r\n\r\n\r\n", "POST /execute HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n{{{", "\x16\x03\x01",
+    static const char *const nonsense[] = {
+        "GET / HTTP/9.9\r\n\r\n", "\r\n\r\n\r\n", "POST /execute HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n{{{", "\x16\x03\x01",
                                            "GET /metrics HTTP/1.0\r\n\r\n", "GET /health HTTP/1.0\r\n\r\n", "POST /cancel HTTP/1.0\r\nContent-Length: 2\r\n\r\n[]"};
     unsigned fate = dice(10);
     if (fate < 2) {
@@ -277,7 +280,8 @@ static void soak(double minutes) {
     CHECK(base < 24, "%d descriptors are left open", base);
     CHECK_NUM(metric(w->port, "worker_kv_usage_ratio", ""), 0, "KV blocks that nobody gave back");
     printf("# %.1f minutes: %ld exchanges, %ld whole streams of %ld tokens, %ld clients that left, %ld cancels, %ld other requests; resident %.2f to %.2f MiB "
-           "(first quarter %.2f, last %.2f), descriptors %d to %d, %d at rest\n", (now_ms() - begun) / 60000, jobs, streams, tokens, left, cancelled, other, least, most, early,
+           "(first quarter %.2f, last %.2f), descriptors %d to %d, %d at rest\n", (now_ms() - begun) / 60000, jobs, streams,
+           tokens, left, cancelled, other, least, most, early,
            late, few, many, base);
     worker_end(w);
 }
