@@ -3737,15 +3737,22 @@ LORCH_INLINE void FN(mat_to_floats)(float *to, const uint16_t *from, int n) {
     for (int i = 0; i < n; i += LANES) FN(f_store)(to + i, FN(f_half)(from + i)); /* n is a multiple of KV_BLOCK */
 }
 
-/* c += a * b with b as it lies in the cache, or as floats when enough queries repay the conversion. */
+/* c += a * b with b as it lies in the cache, or as floats when enough queries repay the conversion. Meanwhile
+ * `bytes` at `next` (or NULL) are fetched, piece by piece. */
 LORCH_INLINE void FN(mat_attend_product)(int half, int queries, int columns, const float *a, int64_t lda,
-                                          const char *b, int n_k, float *c, int64_t ldc) {
-    if (half) FN(mat_outer_halves)(queries, columns, a, lda, (const uint16_t *)(const void *)b, columns, n_k, c, ldc);
-    else FN(mat_outer_floats)(queries, columns, a, lda, (const float *)(const void *)b, columns, n_k, c, ldc);
+                                          const char *b, int n_k, float *c, int64_t ldc, const char *next, size_t bytes) {
+    int step = next ? 16 : n_k, size = half ? 2 : 4;
+    for (int k = 0; k < n_k; k += step, b += step * columns * size) {
+        int n = n_k - k < step ? n_k - k : step;
+        if (next) FN(mat_fetch)(next + bytes * (size_t)k / (size_t)n_k / 64 * 64, (int)(bytes * (size_t)n / (size_t)n_k));
+        if (half) FN(mat_outer_halves)(queries, columns, a + k, lda, (const uint16_t *)(const void *)b, columns, n, c, ldc);
+        else FN(mat_outer_floats)(queries, columns, a + k, lda, (const float *)(const void *)b, columns, n, c, ldc);
+    }
 }
 
-/* All queries against block b of their sequence; token i sees positions up to pos[i], as far back as the window. */
-static void FN(mat_attend_block)(const mat_attention *a, const FN(mat_attending) *w, const int32_t *pos, int b, const char *head) {
+/* All queries against block b of their sequence; token i sees positions up to pos[i], as far back as the window.
+ * `next`: the block that follows, to be fetched, or NULL. */
+static void FN(mat_attend_block)(const mat_attention *a, const FN(mat_attending) *w, const int32_t *pos, int b, const char *head, const char *next) {
     int hd = a->head_dim, heads = w->heads, first = 0, half = a->kv == MAT_KV_F16;
     int end = w->n_tok, sees = a->window ? a->window : INT_MAX; /* tokens first..end-1 see something of this block */
     while (pos[first] < b * KV_BLOCK) first++;
@@ -3761,7 +3768,8 @@ static void FN(mat_attend_block)(const mat_attention *a, const FN(mat_attending)
         k = (const char *)w->k, v = (const char *)w->v;
     }
     memset(w->s + from * KV_BLOCK, 0, (size_t)queries * KV_BLOCK * sizeof(float));
-    FN(mat_attend_product)(half, queries, KV_BLOCK, w->q + from * hd, hd, k, hd, w->s + from * KV_BLOCK, KV_BLOCK);
+    FN(mat_attend_product)(half, queries, KV_BLOCK, w->q + from * hd, hd, k, hd, w->s + from * KV_BLOCK, KV_BLOCK, next,
+                           a->head_bytes / 2);
     int common = pos[first] + 1 - b * KV_BLOCK, size = half ? 2 : 4;
     if (common > KV_BLOCK) common = KV_BLOCK;
     for (int t = first; t < end; t++) {
@@ -3769,13 +3777,14 @@ static void FN(mat_attend_block)(const mat_attention *a, const FN(mat_attending)
         for (int i = t * heads; i < (t + 1) * heads; i++)
             FN(mat_soften)(a, w->s + i * KV_BLOCK, n > sees ? n - sees : 0, n < KV_BLOCK ? n : KV_BLOCK, w->m + 2 * i, w->acc + i * hd);
     }
-    FN(mat_attend_product)(half, queries, hd, w->s + from * KV_BLOCK, KV_BLOCK, v, common, w->acc + from * hd, hd);
+    FN(mat_attend_product)(half, queries, hd, w->s + from * KV_BLOCK, KV_BLOCK, v, common, w->acc + from * hd, hd,
+                           next ? next + a->head_bytes / 2 : NULL, a->head_bytes / 2);
     for (int t = first; t < end; t++) { /* what the later tokens see beyond the first */
         int n = pos[t] + 1 - b * KV_BLOCK;
         n = (n < KV_BLOCK ? n : KV_BLOCK) - common;
         if (n > 0)
             FN(mat_attend_product)(half, heads, hd, w->s + t * heads * KV_BLOCK + common, KV_BLOCK, v + (size_t)(common * hd * size), n,
-                                   w->acc + t * heads * hd, hd);
+                                   w->acc + t * heads * hd, hd, NULL, 0);
     }
 }
 
@@ -3791,10 +3800,9 @@ static void FN(mat_attend)(const mat_attention *a, int group, int head_kv, void 
     for (int i = 0; i < n_tok * heads; i++) w.m[2 * i] = -1e30f, w.m[2 * i + 1] = 0;
     int first = a->window && a->pos[from] >= a->window ? (a->pos[from] - a->window + 1) / KV_BLOCK : 0;
     for (int b = first; b <= a->pos[from + n_tok - 1] / KV_BLOCK; b++) {
-        const char *head = a->layer + a->blocks[from][b] * a->block_bytes + (size_t)head_kv * a->head_bytes;
-        if (b < a->pos[from + n_tok - 1] / KV_BLOCK && n_tok == 1)
-            FN(mat_fetch)(a->layer + a->blocks[from][b + 1] * a->block_bytes + (size_t)head_kv * a->head_bytes, (int)a->head_bytes);
-        FN(mat_attend_block)(a, &w, a->pos + from, b, head);
+        const char *base = a->layer + (size_t)head_kv * a->head_bytes, *head = base + a->blocks[from][b] * a->block_bytes;
+        int more = b < a->pos[from + n_tok - 1] / KV_BLOCK && n_tok == 1;
+        FN(mat_attend_block)(a, &w, a->pos + from, b, head, more ? base + a->blocks[from][b + 1] * a->block_bytes : NULL);
     }
     for (int t = 0; t < n_tok; t++)
         for (int h = 0; h < heads; h++) {
