@@ -9710,6 +9710,7 @@ static const route *route_check(route_server *s, http_conn *c) {
 static void route_reject(http_conn *c, const engine_error *why, const char *message) { /* a request that cannot be framed */
     c->close_after = 1;
     c->in.len = 0, c->scanned = 0;
+    buf_free(&c->body);
     http_error(c, why, message, "", str_of(""), "");
     c->state = HTTP_HEAD;
 }
