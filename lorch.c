@@ -1354,9 +1354,9 @@ static double num_log(double x) { /* of a normal x > 0; log(m * 2^e) with m in [
     return e * 6.93147180369123816490e-01 + (2 * s * sum + e * 1.90821492927058770002e-10);
 }
 
-/* Sine and cosine of x >= 0 (beyond 1e15, which only a broken file asks for, of 0): x minus a multiple of pi/2 in three parts (Cody and Waite), then Taylor. */
+/* Sine and cosine of x (beyond 1e15, which only a broken file asks for, of 0): x minus a multiple of pi/2 in three parts (Cody and Waite), then Taylor. */
 static void num_sincos(double x, double *sine, double *cosine) {
-    if (!(x < 1e15)) x = 0;
+    if (!(x > -1e15 && x < 1e15)) x = 0;
     double k = x * 0.63661977236758134308 + 6755399441055744.0 - 6755399441055744.0;
     double r = x - k * 1.57079632673412561417e+00 - k * 6.07710050630396597660e-11 - k * 2.02226624871116645580e-21;
     double z = r * r, s = 0, c = 0;
@@ -1845,7 +1845,12 @@ static double gguf_get_float(const gguf_file *g, const char *key, double missing
     if (!kv || kv->is_array) return missing;
     if (kv->type == GGUF_F32) return memcpy(&f, kv->value, 4), (double)f;
     if (kv->type == GGUF_F64) return memcpy(&d, kv->value, 8), d;
-    return (double)gguf_get_uint(g, key, (uint64_t)missing);
+    int size = gguf_type_bytes[kv->type];
+    uint64_t v = 0;
+    if (kv->type == GGUF_STRING || kv->type == GGUF_BOOL) return missing;
+    memcpy(&v, kv->value, (size_t)size);
+    int negative = (kv->type == GGUF_I8 || kv->type == GGUF_I16 || kv->type == GGUF_I32 || kv->type == GGUF_I64) && (v >> (8 * size - 1) & 1);
+    return negative ? -(double)(~(v - 1) & (size == 8 ? UINT64_MAX : ((uint64_t)1 << 8 * size) - 1)) : (double)v;
 }
 
 static int gguf_get_bool(const gguf_file *g, const char *key, int missing) {
@@ -5285,7 +5290,7 @@ enum model_group {
     T_LATE_NORM = 1 << 6,   /* the norm before feed-forward goes by the name of one after attention */
     T_NORM_BIAS = 1 << 7,
     T_QKV_BIAS = 1 << 8,
-    T_OUT_BIAS = 1 << 9,    /* of o and of the feed-forward layer */
+    T_OUT_BIAS = 1 << 9,    /* of o */
     T_HEAD_NORM = 1 << 10,  /* q and k: each head, one set of weights */
     T_HEADS_NORM = 1 << 11, /* each head, each its own weights */
     T_WIDE_NORM = 1 << 12,  /* all heads as one vector */
@@ -5308,11 +5313,12 @@ enum model_group {
     T_LATENT = 1 << 29,     /* latent attention (MLA) */
     T_LATENT_MAY = 1 << 30  /* of it, one form or the other */
 };
+#define T_FFN_BIAS (1u << 31) /* of up and down */
 #define T_LAYER (T_BASE | T_OUT_NORM | T_ATTN | T_ATTN_NORM | T_FFN_NORM)
 #define T_POST_LAYER ((T_LAYER & ~(T_ATTN_NORM | T_FFN_NORM)) | T_POST_NORM) /* norms only after */
 #define T_ONE_NORM (T_LAYER & ~T_FFN_NORM) /* attention and feed-forward side by side, or a late norm */
 #define T_LFM_LAYER ((T_LAYER & ~T_OUT_NORM) | T_HEAD_NORM | T_EMBD_NORM)
-#define T_MAY (T_FUSED | T_QKV_BIAS | T_OUT_BIAS | T_GATE_BIAS | T_OUTPUT | T_FACTORS)
+#define T_MAY (T_FUSED | T_QKV_BIAS | T_OUT_BIAS | T_FFN_BIAS | T_GATE_BIAS | T_OUTPUT | T_FACTORS)
 #define T_FFN (T_GATED | T_GATE_UP | T_UNGATED)
 
 enum model_style {
@@ -5353,14 +5359,14 @@ static const model_arch model_archs[] = {
     {"gemma2", T_LAYER | T_GATED | T_POST_NORM, S_HALVES | S_SQRT_EMBD | S_CAPS, MAT_GELU, 0, 0, 2, 4096, 0, 46},
     {"gemma3", T_LAYER | T_GATED | T_POST_NORM | T_HEAD_NORM, S_HALVES | S_SQRT_EMBD | S_PLAIN_WINDOWS | S_LOGIT_CAP, MAT_GELU, 0, 0, 6, 0, 10000, 62},
     {"phi3", T_LAYER | T_GATE_UP, S_HALVES, MAT_SILU, 0, 0, 0, 0, 0, 0},
-    {"gpt2", T_LAYER | T_UNGATED | T_NORM_BIAS | T_QKV_BIAS | T_OUT_BIAS | T_POSITIONS, S_NO_ROPE | S_LAYER_NORM, MAT_GELU, 0, 0, 0, 0, 0, 0},
+    {"gpt2", T_LAYER | T_UNGATED | T_NORM_BIAS | T_QKV_BIAS | T_OUT_BIAS | T_FFN_BIAS | T_POSITIONS, S_NO_ROPE | S_LAYER_NORM, MAT_GELU, 0, 0, 0, 0, 0, 0},
     {"gpt-oss", T_ONE_NORM | T_GATED | T_LATE_NORM | T_SINKS, S_HALVES | S_CHOSEN_SOFTMAX, MAT_SWIGLU7, T_EXPERTS | T_EXPERT_BIAS, 0, 2, 0, 0, 0},
     {"smollm3", T_LAYER | T_GATED, S_NO_ROPE_4TH, MAT_SILU, 0, 0, 0, 0, 0, 0},
     {"olmo2", T_POST_LAYER | T_GATED | T_WIDE_NORM, S_HALVES | S_PLAIN_WINDOWS, MAT_SILU, 0, 0, 4, 0, 0, 0},
     {"olmoe", T_LAYER | T_GATED | T_WIDE_NORM, S_HALVES, MAT_SILU, T_EXPERTS, 0, 0, 0, 0, 0},
     {"granite", T_LAYER | T_GATED, S_LOGITS_OVER | S_NORMED, MAT_SILU, T_EXPERTS, T_SHARED, 0, 0, 0, 0},
     {"granitemoe", T_LAYER | T_GATED, S_LOGITS_OVER | S_NORMED, MAT_SILU, T_EXPERTS, T_SHARED, 0, 0, 0, 0},
-    {"starcoder2", T_LAYER | T_UNGATED | T_NORM_BIAS | T_QKV_BIAS | T_OUT_BIAS, S_HALVES | S_LAYER_NORM, MAT_GELU, 0, 0, 0, 0, 0, 0},
+    {"starcoder2", T_LAYER | T_UNGATED | T_NORM_BIAS | T_QKV_BIAS | T_OUT_BIAS | T_FFN_BIAS, S_HALVES | S_LAYER_NORM, MAT_GELU, 0, 0, 0, 0, 0, 0},
     {"stablelm", T_ONE_NORM | T_GATED, S_HALVES | S_LAYER_NORM, MAT_SILU, 0, T_FFN_NORM | T_NORM_BIAS | T_HEADS_NORM, 0, 0, 0, 0},
     {"command-r", T_ONE_NORM | T_GATED, S_LAYER_NORM, MAT_SILU, 0, T_HEADS_NORM, 0, 0, 0, 0},
     {"cohere2", T_ONE_NORM | T_GATED, S_LAYER_NORM | S_ROPE_WINDOWS, MAT_SILU, 0, 0, 4, 0, 0, 0},
@@ -5396,6 +5402,7 @@ typedef struct {
     int n_expert, n_used, n_ff_exp, n_ff_shared; /* n_used experts are chosen for a token */
     int n_conv_layers, n_conv; /* layers with a convolution over n_conv positions */
     int n_latent, n_q_rank, k_len, v_len; /* latent attention: ranks, and lengths of a head's query and value; else 0 */
+    int has_choice_bias;    /* some layer's choice of experts has a bias */
     int by_head;            /* latents themselves are the keys and values, by head matrices (k_heads, v_heads) */
     int n_ctx_train;        /* the file's context length */
     int n_ctx_most;         /* positions that its scaling of RoPE reaches */
@@ -5474,8 +5481,8 @@ static const model_tensor model_layer_tensors[] = {
     {"ffn_up.weight", T_GATE_UP, MATRIX, DIM_EMBD, {{F(gate), DIM_FF}, {F(up), DIM_FF}}},
     {"ffn_down.weight", T_FFN, M(DIM_FF, down, DIM_EMBD)},
     {"ffn_gate.bias", T_GATE_BIAS, W(gate_bias, DIM_FF)},
-    {"ffn_up.bias", T_OUT_BIAS, W(up_bias, DIM_FF)},
-    {"ffn_down.bias", T_OUT_BIAS, W(down_bias, DIM_EMBD)},
+    {"ffn_up.bias", T_FFN_BIAS, W(up_bias, DIM_FF)},
+    {"ffn_down.bias", T_FFN_BIAS, W(down_bias, DIM_EMBD)},
     {"post_ffw_norm.weight", T_POST_NORM, W(ffn_post_norm, DIM_EMBD)},
     {"ffn_gate_inp.weight", T_EXPERTS, M(DIM_EMBD, route, DIM_EXPERT)},
     {"ffn_gate_exps.weight", T_EXPERTS, EXPERTS, DIM_EMBD, {{F(gates), DIM_FF_EXP}}},
@@ -5543,12 +5550,15 @@ static int64_t model_dim_of(const model *m, enum model_dim d) {
     return 0;
 }
 
-/* The groups of a layer's tensors: those that it must have, and in *may those that it may have besides. */
+/* The groups of a layer's tensors: those that it must have, and in *may those that it may have besides. What the
+ * layer would not use is not among them: leaving it out would go unnoticed. */
 static unsigned model_layer_groups(const model *m, const model_layer *l, unsigned *may) {
-    unsigned has = m->arch->has;
+    unsigned has = m->arch->has, not = l->has_experts ? T_FFN_BIAS | T_GATE_BIAS : 0;
     if (l->has_experts) has = (has & ~(unsigned)T_FFN) | m->arch->experts;
     if (l->is_conv) has = (has & ~(unsigned)(T_ATTN | T_HEAD_NORM)) | T_CONV;
-    *may = has | m->arch->may | T_MAY;
+    else not |= T_CONV;
+    if (l->is_conv || (has & T_LATENT)) not |= T_QKV_BIAS | T_FUSED;
+    *may = (has | m->arch->may | T_MAY) & ~not;
     return has;
 }
 
@@ -5578,6 +5588,7 @@ static int model_bind(model *m, const gguf_tensor *t, const model_tensor *want, 
         int64_t n = want->in == DIM_ONE ? model_dim_of(m, want->part[i].out) : in, part = want->in == DIM_ONE ? 1 : model_dim_of(m, want->part[i].out);
         void *field = (char *)base + want->part[i].field;
         if (want->kind == VECTOR) {
+            if (n % f->block) return sys_fail(err, cap, "%s: tensor %.*s does not divide into blocks of %s", m->file->path, (int)t->name.len, t->name.ptr, f->name);
             float *v = model_vector(f, data, part, n);
             if (!v) return sys_fail(err, cap, "%s: out of memory", m->file->path);
             free(*(float **)field);
@@ -5596,7 +5607,8 @@ static int model_bind(model *m, const gguf_tensor *t, const model_tensor *want, 
 /* "blk.12.attn_q.weight": sets the layer and returns what follows, or NULL if it is no such name. */
 static const char *model_layer_name(str name, char tmp[GGUF_MAX_NAME], uint64_t *layer) {
     memcpy(tmp, name.ptr, name.len), tmp[name.len] = 0;
-    if (strncmp(tmp, "blk.", 4) || tmp[4] < '0' || tmp[4] > '9') return NULL;
+    if (strncmp(tmp, "blk.", 4) || tmp[4] < '0' || tmp[4] > '9' || memchr(tmp, 0, name.len)) return NULL;
+    if (tmp[4] == '0' && tmp[5] != '.') return NULL; /* one name for one layer */
     char *end;
     *layer = strtoull(tmp + 4, &end, 10);
     return *end == '.' ? end + 1 : NULL;
@@ -5649,9 +5661,9 @@ static int model_bind_all(model *m, char *err, size_t cap) {
         if (y->gate.format && y->has_experts) has |= T_SHARED & may;
         if ((missing = model_missing(model_layer_tensors, N_LAYER_TENSORS, has, y)))
             return sys_fail(err, cap, "%s: tensor blk.%d.%s is missing", m->file->path, l, missing);
-        if ((has & T_LATENT) && (!(y->q.format || (y->q_a.format && y->q_a_norm && y->q_b.format)) ||
-                                 !(m->by_head ? y->k_heads.format && y->v_heads.format : y->kv_b.format != NULL)))
-            return sys_fail(err, cap, "%s: layer %d lacks tensors of latent attention", m->file->path, l);
+        int ranks = (y->q_a.format != NULL) + (y->q_a_norm != NULL) + (y->q_b.format != NULL), heads = (y->k_heads.format != NULL) + (y->v_heads.format != NULL);
+        if ((has & T_LATENT) && (ranks != (y->q.format ? 0 : 3) || heads != (y->kv_b.format ? 0 : 2) || (heads == 2) != m->by_head))
+            return sys_fail(err, cap, "%s: layer %d does not have just one form of latent attention's tensors", m->file->path, l);
         if (!y->q_norm != !y->k_norm || (y->ffn_norm_bias && !y->ffn_norm))
             return sys_fail(err, cap, "%s: layer %d has one norm of a pair, but not the other", m->file->path, l);
     }
@@ -5776,15 +5788,16 @@ static int model_scan(model *m, char *err, size_t cap) {
         const char *rest = model_layer_name(t->name, tmp, &layer);
         if (!rest || layer >= (uint64_t)m->n_layer) continue;
         m->by_head |= strcmp(rest, "attn_k_b.weight") == 0;
+        m->has_choice_bias |= strcmp(rest, "exp_probs_b.bias") == 0;
         if (strcmp(rest, "ffn_gate_inp.weight") == 0) m->layer[layer].has_experts = 1;
-        if (strcmp(rest, "shortconv.conv.weight") == 0 && (m->arch->may & T_CONV)) m->layer[layer].is_conv = 1, m->n_conv_layers++;
+        if (strcmp(rest, "shortconv.conv.weight") == 0 && (m->arch->may & T_CONV)) m->n_conv_layers += !m->layer[layer].is_conv, m->layer[layer].is_conv = 1;
         for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
             if (strcmp(rest, sizes[k].name) != 0) continue;
             if (t->dim[sizes[k].dim] > 1 << 20) return sys_fail(err, cap, "%s: tensor %s is too large", m->file->path, tmp);
             *sizes[k].size = (int)t->dim[sizes[k].dim];
         }
     }
-    if (m->n_conv_layers == m->n_layer) return sys_fail(err, cap, "%s: a model without attention is not supported", m->file->path);
+    if (m->n_conv_layers >= m->n_layer) return sys_fail(err, cap, "%s: a model without attention is not supported", m->file->path);
     return 1;
 }
 
@@ -5792,11 +5805,15 @@ static int model_read_experts(model *m, char *err, size_t cap) {
     static const unsigned how[] = {0, 0, S_SIGMOID, S_CHOSEN_SOFTMAX}; /* by expert_gating_func */
     uint64_t gating = model_layer_uint(m, "expert_gating_func", -1, 0);
     m->style = m->arch->style;
+    if (gating == 0 && m->has_choice_bias && (m->arch->has & T_LATENT)) gating = 2; /* DeepSeek's bias goes with sigmoids; some files lack the key */
     m->n_expert = (int)model_layer_uint(m, "expert_count", -1, 0), m->n_used = (int)model_layer_uint(m, "expert_used_count", -1, 0);
     if (m->n_expert < 0 || m->n_expert > MAX_EXPERTS || m->n_used > m->n_expert || m->n_used < (m->n_expert > 0) || m->n_used > MAX_EXPERTS_USED)
         return sys_fail(err, cap, "%s: %d of %d experts for a token; 1 to %d of at most %d is supported", m->file->path, m->n_used, m->n_expert,
                         MAX_EXPERTS_USED, MAX_EXPERTS);
     if (model_layer_uint(m, "expert_group_count", -1, 1) > 1) return sys_fail(err, cap, "%s: experts in groups are not supported", m->file->path);
+    static const char *const lacking[] = {"attention.temperature_scale", "attention.clamp_kqv", "attention.max_alibi_bias"};
+    for (size_t i = 0; i < sizeof lacking / sizeof *lacking; i++)
+        if (model_number(m, lacking[i], 0) != 0) return sys_fail(err, cap, "%s: %s is not supported", m->file->path, lacking[i]);
     if (gating > 3) return sys_fail(err, cap, "%s: expert_gating_func %d is not supported", m->file->path, (int)gating);
     if (gating) m->style = (m->style & ~(unsigned)(S_SIGMOID | S_CHOSEN_SOFTMAX)) | how[gating];
     char full[96];
@@ -6024,6 +6041,7 @@ typedef struct {
     model_layer *layer;
     char *kv_layer;             /* the layer in KV block 0 */
     mat_product *product;       /* [MODEL_PRODUCTS + 2 * n_expert or n_head] */
+    int64_t *first_item;        /* [the same + 1] of each product, and the number of all */
     int n_products, item_rows;  /* the products' rows are shared out by item_rows */
     intptr_t next_item;         /* atomic: the first that nobody has claimed */
 } model_run;
@@ -6031,23 +6049,25 @@ typedef struct {
 enum { MODEL_PRODUCTS = 4 }; /* that share their input: q, k, v; or gate, up, router, share */
 
 /* Lays out the scratch: with base NULL it only counts. */
-static size_t model_run_layout(model_run *r, char *base) {
+static uint64_t model_run_layout(model_run *r, char *base) {
     const model *m = r->m;
-    size_t at = 0, n = (size_t)r->max_tokens, embd = (size_t)m->n_embd, q = (size_t)m->n_head * (size_t)m->head_dim, kv = (size_t)m->n_head_kv * (size_t)m->head_dim;
-    size_t slots = n * (size_t)m->n_used, ff = n * (size_t)(m->n_ff > m->n_ff_shared ? m->n_ff : m->n_ff_shared), ff_exp = slots * (size_t)m->n_ff_exp;
-    size_t widest = embd > q ? embd : q, qs = m->n_conv_layers && 3 * embd > q ? 3 * embd : q, atts = m->n_conv_layers && embd > q ? embd : q;
+    uint64_t at = 0, n = (uint64_t)r->max_tokens, embd = (uint64_t)m->n_embd, q = (uint64_t)m->n_head * (uint64_t)m->head_dim;
+    uint64_t kv = (uint64_t)m->n_head_kv * (uint64_t)m->head_dim;
+    uint64_t slots = n * (uint64_t)m->n_used, ff = n * (uint64_t)(m->n_ff > m->n_ff_shared ? m->n_ff : m->n_ff_shared), ff_exp = slots * (uint64_t)m->n_ff_exp;
+    uint64_t widest = embd > q ? embd : q, qs = m->n_conv_layers && 3 * embd > q ? 3 * embd : q, atts = m->n_conv_layers && embd > q ? embd : q;
     if (ff / n > widest) widest = ff / n;
-    size_t latent = m->n_latent ? (size_t)(m->n_latent + m->n_rot) : 0, heads = m->n_latent ? (size_t)m->n_head : 0;
-    size_t head = heads * (latent > (size_t)(m->k_len + m->v_len) ? latent : (size_t)(m->k_len + m->v_len));
+    uint64_t latent = m->n_latent ? (uint64_t)(m->n_latent + m->n_rot) : 0, heads = m->n_latent ? (uint64_t)m->n_head : 0;
+    uint64_t head = heads * (latent > (uint64_t)(m->k_len + m->v_len) ? latent : (uint64_t)(m->k_len + m->v_len));
+    if (latent > atts) atts = latent; /* kv_b's input lies there */
     if (head > widest) widest = head;
-    if ((size_t)m->n_q_rank > widest) widest = (size_t)m->n_q_rank;
-    size_t expert_widest = embd > (size_t)m->n_ff_exp ? embd : (size_t)m->n_ff_exp, experts = (size_t)m->n_expert;
-    size_t blocks = n * ((widest + 255) / 256 + heads), expert_blocks = slots * ((expert_widest + 255) / 256);
+    if ((uint64_t)m->n_q_rank > widest) widest = (uint64_t)m->n_q_rank;
+    uint64_t expert_widest = embd > (uint64_t)m->n_ff_exp ? embd : (uint64_t)m->n_ff_exp, experts = (uint64_t)m->n_expert;
+    uint64_t blocks = n * ((widest + 255) / 256 + heads), expert_blocks = slots * ((expert_widest + 255) / 256);
     if (expert_blocks > blocks) blocks = expert_blocks;
     if (ff_exp > ff) ff = ff_exp;
     size_t attention = mat_attention_scratch(m->n_head, m->n_head_kv, m->head_dim), product = mat_scratch(r->max_tokens);
     r->scratch_bytes = ((attention > product ? attention : product) + 63) / 64 * 64 + 64; /* not a power of two apart */
-#define TAKE(field, type, count) r->field = (type *)(void *)(base + at), at += ((size_t)(count) * sizeof(type) + 63) / 64 * 64
+#define TAKE(field, type, count) r->field = (type *)(void *)(base + (size_t)at), at += ((uint64_t)(count) * sizeof(type) + 63) / 64 * 64
     TAKE(x, float, n * embd);
     TAKE(xn, float, n * embd);
     TAKE(y, float, n * embd);
@@ -6075,12 +6095,14 @@ static size_t model_run_layout(model_run *r, char *base) {
     TAKE(act.blocks, mat_x, blocks + n);
     TAKE(act.super, mat_x, blocks);
     TAKE(expert_act, mat_act, experts > heads ? experts : heads);
-    TAKE(product, mat_product, MODEL_PRODUCTS + (2 * experts > heads ? 2 * experts : heads));
+    uint64_t products = MODEL_PRODUCTS + (2 * experts > heads ? 2 * experts : heads);
+    TAKE(product, mat_product, products);
+    TAKE(first_item, int64_t, products + 1);
 #undef TAKE
     return at;
 }
 
-static size_t model_run_bytes(const model *m, int n_threads, int max_tokens, int max_logits) {
+static uint64_t model_run_bytes(const model *m, int n_threads, int max_tokens, int max_logits) {
     pool threads;
     model_run r;
     memset(&r, 0, sizeof r);
@@ -6093,7 +6115,9 @@ static size_t model_run_bytes(const model *m, int n_threads, int max_tokens, int
 static int model_run_open(model_run *r, const model *m, const mat_kernels *k, pool *threads, kv_pool *kv, int max_tokens, int max_logits) {
     memset(r, 0, sizeof *r);
     r->m = m, r->k = k, r->threads = threads, r->kv = kv, r->max_tokens = max_tokens, r->max_logits = max_logits;
-    r->bytes = model_run_bytes(m, threads->n_threads, max_tokens, max_logits);
+    uint64_t bytes = model_run_bytes(m, threads->n_threads, max_tokens, max_logits);
+    if (bytes > SIZE_MAX / 2) return 0;
+    r->bytes = (size_t)bytes;
     r->pages = sys_pages(r->bytes);
     if (!r->pages) return 0;
 #ifdef MADV_HUGEPAGE
@@ -6112,13 +6136,14 @@ static void model_run_close(model_run *r) {
 
 /* Where item i begins, among the rows of all products; the product is stored in *p, NULL beyond the last. */
 static int64_t model_item(const model_run *r, int64_t i, const mat_product **p) {
-    for (int k = 0; k < r->n_products; k++) {
-        int64_t items = (r->product[k].n_rows + r->item_rows - 1) / r->item_rows;
-        *p = &r->product[k];
-        if (i < items) return i * r->item_rows;
-        i -= items;
+    int lo = 0, hi = r->n_products;
+    while (lo < hi) { /* the last product that begins at or before i; none is empty */
+        int mid = (lo + hi + 1) / 2;
+        if (r->first_item[mid] <= i) lo = mid;
+        else hi = mid - 1;
     }
-    return *p = NULL, 0;
+    *p = lo < r->n_products ? &r->product[lo] : NULL;
+    return *p ? (i - r->first_item[lo]) * r->item_rows : 0;
 }
 
 /* One thread's part. The first item goes by the seat, the others to whoever comes; each is claimed one ahead,
@@ -6144,7 +6169,9 @@ static void model_product(model_run *r, const model_matrix *w, float *out) {
 static void model_multiply(model_run *r) {
     int64_t rows = 0;
     for (int i = 0; i < r->n_products; i++) rows += r->product[i].n_rows;
+    r->first_item[0] = 0;
     r->item_rows = rows < r->threads->n_threads * 8 * MAT_ROWS || (r->act.n_tok > 1 && r->act.n_tok <= MAT_FEW) ? MAT_ROWS / 2 : MAT_ROWS;
+    for (int i = 0; i < r->n_products; i++) r->first_item[i + 1] = r->first_item[i] + (r->product[i].n_rows + r->item_rows - 1) / r->item_rows;
     r->next_item = r->threads->n_threads;
     pool_run(r->threads, model_multiply_seat, r, r->threads->n_threads);
     r->n_products = 0;
@@ -10973,9 +11000,9 @@ static void cli_put_model(buf *b, const model *m, const kv_layout *kv, size_t sc
     json_kv_int(b, "n_head", m->n_head), json_kv_int(b, "n_head_kv", m->n_head_kv), json_kv_int(b, "head_dim", m->head_dim), json_kv_int(b, "n_ff", m->n_ff);
     json_kv_num(b, "rope_base", m->rope_base, 1), json_kv_num(b, "rope_factor", m->rope_factor, 3);
     json_kv_cstr(b, "rope_scaling", m->rope_kind), json_kv_int(b, "context_most", m->n_ctx_most);
-    int windows = 0;
-    for (int l = 0; l < m->n_layer; l++) windows += m->layer[l].window > 0;
-    if (windows) json_kv_int(b, "window_layers", windows), json_kv_int(b, "window", m->layer[0].window ? m->layer[0].window : m->layer[1].window);
+    int windows = 0, window = 0;
+    for (int l = 0; l < m->n_layer; l++) windows += m->layer[l].window > 0, window = m->layer[l].window > window ? m->layer[l].window : window;
+    if (windows) json_kv_int(b, "window_layers", windows), json_kv_int(b, "window", window);
     if (m->n_expert) json_kv_int(b, "experts", m->n_expert), json_kv_int(b, "experts_used", m->n_used), json_kv_int(b, "n_ff_expert", m->n_ff_exp);
     if (m->n_conv_layers) json_kv_int(b, "convolution_layers", m->n_conv_layers);
     json_put_key(b, "memory"), buf_putc(b, '{');
@@ -10988,8 +11015,9 @@ static void cli_put_model(buf *b, const model *m, const kv_layout *kv, size_t sc
 static void cli_put_sampling(buf *b, const gguf_file *g) { /* the file's defaults, by the names of generate's options */
     buf_putc(b, '{');
     for (int i = 0; i < N_CLI_SAMPLING; i++) {
+        const cli_option *o = cli_find(str_of(cli_sampling[i].option), CLI_GENERATE);
         double v = gguf_get_float(g, cli_sampling[i].key, NAN);
-        if (!isnan(v)) json_put_key(b, cli_sampling[i].option), buf_printf(b, "%g", v);
+        if (v >= o->lo && v <= o->hi) json_put_key(b, cli_sampling[i].option), buf_printf(b, "%g", v);
     }
     buf_putc(b, '}');
 }
@@ -11330,12 +11358,13 @@ static double cli_bench_dispatch(cli_run *r) { /* microseconds in which all thre
 
 static double cli_weights_per_token(const model *m) { /* multiplied in the layers, the output head aside */
     double n = 0;
-    for (int l = 0; l < m->n_layer; l++)
-        for (int i = 0; i < N_LAYER_TENSORS; i++) {
-            const model_matrix *x = (const void *)((const char *)&m->layer[l] + model_layer_tensors[i].part[0].field);
-            if (model_layer_tensors[i].kind == VECTOR || !x->format || model_layer_tensors[i].group == T_FUSED || model_layer_tensors[i].group == T_GATE_UP) continue;
-            n += (double)x->n * (double)x->rows * (model_layer_tensors[i].kind == EXPERTS ? (double)m->n_used / m->n_expert : 1);
-        }
+    for (int l = 0; l < m->n_layer; l++) {
+        const model_layer *y = &m->layer[l];
+        const model_matrix *x[] = {&y->q, &y->k, &y->v, &y->o, &y->conv_in, &y->q_a, &y->q_b, &y->kv_a, &y->kv_b, &y->k_heads, &y->v_heads,
+                                   &y->gate, &y->up, &y->down, &y->route, &y->share}, *experts[] = {&y->gates, &y->ups, &y->downs};
+        for (size_t i = 0; i < sizeof x / sizeof *x; i++) n += (double)x[i]->n * (double)x[i]->rows;
+        for (int i = 0; i < 3 && y->has_experts; i++) n += (double)experts[i]->n * (double)experts[i]->rows * m->n_used / m->n_expert;
+    }
     return n;
 }
 

@@ -271,7 +271,8 @@ static void test_hashes(void) {
     static const char *const ways[][5] = {
         {"-t", "1", NULL}, {"-t", "3", NULL}, {"--chunk", "7", NULL}, {"--chunk", "1", NULL}};
     static const char *const makes[] = {"llama f32", "qwen3 q8_0", "qwen2 q4_0 hd=24", "llama q4_k",
-                                        "qwen3 q5_k", "llama q6_k", "llama bf16", "llama f16"};
+                                        "qwen3 q5_k", "llama q6_k", "llama bf16", "llama f16",
+                                        "deepseek2 f32 layers=2 heads=1 kv=1 hd=32 rot=16 vd=8 lora=1008"};
     for (size_t m = 0; m < sizeof makes / sizeof *makes; m++) {
         char name[200], first[80] = "";
         const char *model, *wrong = NULL;
@@ -318,7 +319,21 @@ static const struct {
     {"more experts a token than there are are refused", "qwen3moe f32 kv:qwen3moe.expert_used_count=u32:99", {"inspect"}, 1, "99 of"},
     {"experts in groups are refused", "deepseek2 f32 kv:deepseek2.expert_group_count=u32:4", {"inspect"}, 1, "groups"},
     {"an expert layer's missing tensor is named", "qwen2moe f32 tensor:blk.1.ffn_up_exps.weight:skip=1", {"inspect"}, 1, "blk.1.ffn_up_exps.weight is missing"},
-    {"latent attention's missing tensor is noticed", "deepseek2 f32 tensor:blk.0.attn_kv_b.weight:skip=1", {"inspect"}, 1, "layer 0 lacks tensors"},
+    {"a quantised bias in parts is refused",
+     "gpt2 f32 embd=64 heads=2 kv=1 hd=8 kv:gpt2.attention.key_length=u32:8 kv:gpt2.attention.value_length=u32:8 tensor:blk.0.attn_qkv.bias:format=q8_0",
+     {"inspect"}, 1, "does not divide into blocks"},
+    {"one layer has one name", "lfm2 f32 freq_factors=1 tensor:rope_freqs.weight:name=blk.00.ffn_norm.weight", {"inspect"}, 1, "blk.00.ffn_norm.weight is not one"},
+    {"experts have no use for a dense bias",
+     "qwen2moe f32 freq_factors=1 tensor:rope_freqs.weight:name=blk.0.ffn_up.bias", {"inspect"}, 1, "blk.0.ffn_up.bias is not one"},
+    {"latent attention has one form of queries",
+     "deepseek2 f32 freq_factors=1 kv:deepseek2.attention.q_lora_rank=u32:1 tensor:rope_freqs.weight:name=blk.0.attn_q_a.weight",
+     {"inspect"}, 1, "blk.0.attn_q_a.weight"},
+    {"an attention layer has no convolution's output", "lfm2 f32 freq_factors=1 conv=0 tensor:rope_freqs.weight:name=blk.0.shortconv.out_proj.weight",
+     {"inspect"}, 1, "blk.0.shortconv.out_proj.weight is not one"},
+    {"values that are no sampling defaults are not shown", "llama f32 kv:general.sampling.temp=f32:9 kv:general.sampling.top_k=i32:-1", {"inspect", "--json"}, 0,
+     "\"sampling\":{}"},
+    {"temperature by position is refused", "deepseek2 f32 kv:deepseek2.attention.temperature_scale=f32:0.1", {"inspect"}, 1, "temperature_scale is not supported"},
+    {"latent attention's missing tensor is noticed", "deepseek2 f32 tensor:blk.0.attn_kv_b.weight:skip=1", {"inspect"}, 1, "just one form"},
 };
 
 static void test_file_cases(void) {
