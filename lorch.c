@@ -6977,6 +6977,7 @@ struct engine_job {
     int follow;                /* the position after the latest earlier occurrence of the last GRAM tokens; 0: none */
     int n_drafted, n_accepted; /* tokens proposed, and those that were right */
     int n_right;               /* tokens in a row that the text before them foresaw */
+    int n_foreseen[GRAM_RUNS]; /* how often the next one was looked up so far */
     double chance[GRAM_RUNS];  /* that the next one is foreseen as well: moving averages, whether it was proposed or not */
     int n_steps;               /* batches that gave it tokens */
     int32_t *seen;             /* distinct tokens of prompt and output, for penalties */
@@ -7454,7 +7455,7 @@ static int engine_check(engine *e, engine_job *j) { /* refuses what cannot be ru
         engine_field_error(j, "prompt", "tokens(1..)", "the prompt has no tokens", str_of(""));
         return engine_refuse(e, j, &ERR_INVALID, "the request has invalid fields", ""), 0;
     }
-    static const double chance[GRAM_RUNS] = {0.3, 0.6, 0.85}; /* until it is known better */
+    static const double chance[GRAM_RUNS] = {0.2, 0.6, 0.85}; /* until the job's own text tells */
     for (int i = 0; i < j->n_prompt; i++) engine_mark_seen(j, j->token[i]), engine_note_gram(j, i + 1);
     memcpy(j->chance, chance, sizeof chance);
     engine_peek_cache(e, j);
@@ -7779,7 +7780,7 @@ static void engine_charge(engine *e) {
 static int engine_draft_length(const engine *e, const engine_job *j, int jobs, int room) {
     const engine_cost *c = &e->stats.cost;
     int most = j->max_tokens - j->n_out - 1, best = 0;
-    double base = engine_rows_cost(c, e->n_rows + 1), tokens = jobs, chance = 1, gain = 1.02; /* less is not worth it */
+    double base = engine_rows_cost(c, e->n_rows + 1), tokens = jobs, chance = 1, gain = 1.08; /* less is lost in what the averages do not know */
     if (!j->speculate || e->options.no_speculate || !j->follow || base <= 0) return 0;
     most = most < room ? most : room;
     for (int k = 1; k <= ENGINE_DRAFT && k <= most; k++) {
@@ -7922,14 +7923,11 @@ static void engine_choose_item(void *arg, int64_t item, int thread) { /* every n
         if (!e->span[i].gone && (!e->span[i].prefill || e->span[i].done)) engine_choose(e, &e->span[i], &e->sampler[item]);
 }
 
-/* Learns whether the job's own text foresaw its next token, whether or not that was proposed. */
+/* Learns whether the job's own text foresaw its next token, whether or not that was proposed; at first quickly. */
 static void engine_learn_chance(engine_job *j, int32_t id) {
-    if (!j->follow) j->n_right = 0;
-    else {
-        int right = j->token[j->follow] == id;
-        engine_average(&j->chance[j->n_right == 0 ? 0 : j->n_right < 4 ? 1 : 2], right, 0.1);
-        j->n_right = right ? j->n_right + 1 : 0;
-    }
+    int run = j->n_right == 0 ? 0 : j->n_right < 4 ? 1 : 2, right = j->follow && j->token[j->follow] == id;
+    if (j->follow) engine_average(&j->chance[run], right, j->n_foreseen[run] < 7 ? 1.0 / (3 + j->n_foreseen[run]) : 0.1), j->n_foreseen[run]++;
+    j->n_right = right ? j->n_right + 1 : 0;
 }
 
 /* Takes in one token of a job: 0 if that was its end. */

@@ -265,7 +265,7 @@ static void test_scarcity(void) { /* a pool of two contexts for eight slots, a q
     char err[512];
     model *m = model_load("tests/models/lorch-tiny-q8_0.gguf", NULL, err, sizeof err);
     if (!m) complain("%s", err), exit(1);
-    size_t one = kv_layout_of(m->n_layer, m->n_head_kv, m->head_dim, MAT_KV_F16).block_bytes * (size_t)kv_blocks_for(m->n_ctx_train);
+    size_t one = model_kv_layout(m, MAT_KV_F16).block_bytes * (size_t)kv_blocks_for(m->n_ctx_train);
     model_free(m);
     engine *e = open_engine(8, 6, 2 * one);
     account a;
