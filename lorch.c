@@ -6933,6 +6933,7 @@ enum {
 /* A slice is what one layer of a long prompt may take: the longest time in which nobody looks at cancels. A prompt that
  * shares its batches with decoding jobs delays their tokens by at most two of them. */
 static const double ENGINE_SLICE_S = 0.020;
+static const double ENGINE_BUSY_S = 2; /* over so many seconds the number of jobs is averaged */
 
 typedef struct { /* a token whose event waits until its text is decided */
     int index;
@@ -7025,6 +7026,7 @@ typedef struct { /* a copy of what /health and /metrics show */
     engine_hist duration, first_token, token, cancel, queue_wait; /* seconds; duration's bounds are in ms / 10 */
     double prefill_rate, decode_rate; /* tokens per second, of one job; 0: not measured yet */
     engine_cost cost;
+    double busy;              /* slots in use, over the last seconds */
     double tokens_per_step;   /* of one job that decodes, drafts that were right included; a moving average */
     double jobs_cpu, intake_cpu; /* CPU seconds that jobs were charged with; of these, by intake */
     double kv_used;           /* share of the pool that jobs have reserved */
@@ -7281,18 +7283,20 @@ typedef struct { /* what a job in a slot still needs: prompt tokens, then batche
 } engine_load;
 
 /* The time that passes until one of the slots' jobs changes its state, given how the engine shares itself out: each
- * batch has a row for each job that decodes and some of the prompts, in turns. */
-static double engine_advance(const engine *e, engine_load *load, int n) {
+ * batch has a row for each job that decodes and some of the prompts, in turns. Where there are fewer than at_least jobs,
+ * others that nobody knows yet are taken to decode beside them. */
+static double engine_advance(const engine *e, engine_load *load, int n, int at_least) {
     const engine_cost *c = &e->stats.cost;
-    int prefills = 0, decodes = 0, together = 0; /* together: all prompts end in the next batch */
+    int prefills = 0, decodes = 0, others, together = 0; /* together: all prompts end in the next batch */
     double rounds = 1e18, seconds = 0, decode_pos = 0, pos = 0, chunk = 0, left = 0;
     for (int i = 0; i < n; i++) {
         if (load[i].prefill > 0) prefills++, pos += load[i].pos, left += load[i].prefill;
         else if (load[i].decode > 0) decodes++, decode_pos += load[i].pos;
     }
-    double decoding = decodes ? engine_rows_cost(c, decodes) + c->attend[0] * decode_pos : 0;
+    others = at_least > prefills + decodes ? at_least - prefills - decodes : 0;
+    double decoding = decodes + others ? engine_rows_cost(c, decodes + others) + c->attend[0] * decode_pos : 0;
     if (prefills) {
-        chunk = engine_chunk(e, decodes, decoding, engine_limit(e, decoding), (int)(pos / prefills));
+        chunk = engine_chunk(e, decodes + others, decoding, engine_limit(e, decoding), (int)(pos / prefills));
         chunk = chunk > ENGINE_MIN_CHUNK ? chunk : ENGINE_MIN_CHUNK;
         if (chunk >= left) chunk = left, together = 1;
     }
@@ -7309,7 +7313,7 @@ static double engine_advance(const engine *e, engine_load *load, int n) {
         if (load[i].prefill < 1e-6) load[i].prefill = 0;
         if (load[i].decode < 1e-6) load[i].decode = 0;
     }
-    return seconds + (rounds > 1 ? rounds : 1) * engine_rows_cost(c, decodes + chunk);
+    return seconds + (rounds > 1 ? rounds : 1) * engine_rows_cost(c, decodes + others + chunk);
 }
 
 /* A job as the estimate sees it. `cached`: positions that need no computing. */
@@ -7343,9 +7347,10 @@ static double engine_estimate(const engine *e, const engine_job *j, double *wait
         }
         if (mine >= 0 && !j) return now;
         if (mine >= 0) break;
-        now += engine_advance(e, load, n);
+        now += engine_advance(e, load, n, 0);
     }
-    for (load[mine] = engine_load_of(e, j, j->n_cached, 0); load[mine].prefill > 0 || load[mine].decode > 0;) now += engine_advance(e, load, n);
+    int at_least = (int)(e->stats.busy + 0.5); /* whoever leaves is likely to be followed by another */
+    for (load[mine] = engine_load_of(e, j, j->n_cached, 0); load[mine].prefill > 0 || load[mine].decode > 0;) now += engine_advance(e, load, n, at_least);
     return now;
 }
 
@@ -7889,6 +7894,7 @@ static void engine_learn(engine *e, double seconds) { /* from the batch that has
         prompts += e->span[i].prefill ? e->span[i].n : 0;
     }
     pthread_mutex_lock(&e->lock);
+    engine_average(&s->busy, s->running > e->n_spans ? s->running : e->n_spans, seconds / (seconds + ENGINE_BUSY_S)); /* some have just ended */
     engine_learn_cost(&s->cost, e->n_rows, decode_pos, prompt_pos, seconds);
     if (prompts == e->n_rows && prompts >= 8) engine_set_rate(&s->prefill_rate, prompts / seconds);
     if (prompts == 0 && s->decode_rate <= 0) s->decode_rate = 1 / (e->n_rows > 1 ? engine_rows_cost(&s->cost, 1) : seconds);
@@ -8102,11 +8108,16 @@ static void engine_calibrate(engine *e) {
 /* Waits for work. Returns 0 when the engine is to stop and has nothing left. */
 static int engine_await(engine *e) {
     int waited = 0;
+    double from = sys_now();
     pthread_mutex_lock(&e->lock);
     for (;;) {
         engine_admit(e);
         engine_progress(e);
-        if (waited && e->stats.running) e->cpu_mark = sys_cpu_now(), e->intake_mark = e->stats.intake_cpu; /* idle time is nobody's */
+        if (waited && e->stats.running) { /* idle time is nobody's */
+            double idle = sys_now() - from;
+            e->cpu_mark = sys_cpu_now(), e->intake_mark = e->stats.intake_cpu;
+            engine_average(&e->stats.busy, 0, idle / (idle + ENGINE_BUSY_S));
+        }
         if (e->stats.running || (e->stop && !e->queue_first)) break;
         pthread_cond_broadcast(&e->idle);
         waited = 1;
