@@ -180,6 +180,11 @@ static void play_round(engine *e, int round, account *a, int drain) {
     for (int i = 0; i < n; i++) {
         life *o = &l[i];
         random_job(o, &d, round, i);
+        if (o->job->has_deadline && roll(&d, 2)) { /* as after the start, when no rate is known: such a job is not refused, and may be late */
+            pthread_mutex_lock(&e->lock);
+            e->stats.prefill_rate = 0;
+            pthread_mutex_unlock(&e->lock);
+        }
         const engine_error *why = engine_submit(e, o->job);
         if (why) { /* no event comes */
             CHECK(drain_at >= 0 ? why == &ERR_NOT_READY || why == &ERR_BUSY : why == &ERR_BUSY, "round %d: not taken: %s", round, why->code);
