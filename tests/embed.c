@@ -354,7 +354,39 @@ static int see_id(const lorch_token *t, void *user) {
     return 0;
 }
 
-/* Each family: a prompt whose beginning lies in the cache, looking ahead or not, goes on as in a model just loaded. */
+typedef struct {
+    lorch *l;
+    const char *text;
+    lorch_params p;
+    ids_seen seen;
+    lorch_reason reason;
+} family_call;
+
+static void *family_main(void *arg) {
+    family_call *c = arg;
+    char error[LORCH_ERROR_BYTES];
+    c->reason = lorch_generate(c->l, NULL, c->text, strlen(c->text), &c->p, see_id, &c->seen, NULL, error);
+    return NULL;
+}
+
+/* The text among three others, which take their turns in the same batches. */
+static ids_seen in_company(lorch *l, const char *text, const lorch_params *p) {
+    static const char *const others[3] = {"Another tale of the sea", "then there was the shore", "12 + 34 is the rest of it, or so they said in the theatre"};
+    family_call c[4];
+    pthread_t thread[4];
+    for (int i = 0; i < 4; i++) {
+        family_call one = {l, i ? others[i - 1] : text, *p, {{0}, 0}, LORCH_FAILED};
+        c[i] = one, c[i].p.seed += (uint64_t)i;
+        if (pthread_create(&thread[i], NULL, family_main, &c[i])) exit(1);
+    }
+    for (int i = 0; i < 4; i++) {
+        pthread_join(thread[i], NULL);
+        CHECK(c[i].reason == LORCH_MAX_TOKENS, "call %d: reason %d", i, (int)c[i].reason);
+    }
+    return c[0].seen;
+}
+
+/* Each family: a prompt whose beginning lies in the cache, looking ahead or not, in company, goes on as in a model just loaded. */
 static void test_families(void) {
     static const char *const archs[] = {"llama", "qwen2moe", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt-oss", "smollm3", "olmo2", "granitemoe",
                                         "stablelm", "cohere2", "lfm2", "lfm2moe", "deepseek2"};
@@ -380,8 +412,10 @@ static void test_families(void) {
             CHECK(r == LORCH_MAX_TOKENS && first.n == 40 && st.cached_tokens == 0 && st.prompt_tokens > 64, "%s: %d tokens, %s", archs[i], first.n, error);
             lorch_generate(l, NULL, text, sizeof text - 1, &p, see_id, &again, &st, error);
             CHECK(st.cached_tokens >= 64, "%s: %d of %d tokens cached", archs[i], st.cached_tokens, st.prompt_tokens);
+            ids_seen among = in_company(m, text, &p);
             lorch_generate(m, NULL, text, sizeof text - 1, &p, see_id, &plain, &st, error);
             CHECK(!memcmp(&first, &again, sizeof first) && !memcmp(&first, &plain, sizeof first), "%s: other tokens", archs[i]);
+            CHECK(!memcmp(&first, &among, sizeof first), "%s: other tokens in company", archs[i]);
         }
         lorch_free(l), lorch_free(m);
     }
@@ -410,7 +444,7 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     {"one name twice", test_same_key},
     {"threads, chunks and context change no bit", test_options},
     {"memory figures", test_memory},
-    {"families: a cached prefix and speculation change no token", test_families},
+    {"families: a cached prefix, speculation and company change no token", test_families},
     {"free", test_free_running},
 };
 
