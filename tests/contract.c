@@ -664,14 +664,14 @@ static void drain_short(worker *w, bool by_request) {
 
 static void test_shutdown_request(void) {
     NEED_SLOW_MODEL();
-    worker *w = start("--model", slow_model(), "--max-tokens-out", "16000");
+    worker *w = start("--model", slow_model(), "--max-tokens-out", "16000", "--drain-timeout", "20");
     drain_short(w, true);
     worker_drop(w);
 }
 
 static void test_sigterm(void) {
     NEED_SLOW_MODEL();
-    worker *w = start("--model", slow_model(), "--max-tokens-out", "16000");
+    worker *w = start("--model", slow_model(), "--max-tokens-out", "16000", "--drain-timeout", "20");
     drain_short(w, false);
     worker_drop(w);
 }
