@@ -2680,12 +2680,15 @@ LORCH_INLINE V FN(v_dot)(V sum, V w, V x) {
 #else /* no instructions of its own */
 enum { FN(MAT_TOKENS) = 2 };
 #define KEEP(x) (void)0
+#define APART static __attribute__((noinline)) /* long, and not made for speed */
 #ifdef __FP_FAST_FMAF
 #define FMA(a, b, c) __builtin_fmaf(a, b, c)
+LORCH_INLINE
 #else
 #define FMA(a, b, c) num_fma(a, b, c)
+APART
 #endif
-LORCH_INLINE F FN(f_fma)(F a, F b, F c) {
+F FN(f_fma)(F a, F b, F c) {
     for (int i = 0; i < LANES; i++) c[i] = FMA(a[i], b[i], c[i]);
     return c;
 }
@@ -2697,7 +2700,7 @@ LORCH_INLINE F FN(f_min)(F a, F b) {
     for (int i = 0; i < LANES; i++) a[i] = a[i] < b[i] ? a[i] : b[i];
     return a;
 }
-LORCH_INLINE F FN(f_half_low)(V v) {
+APART F FN(f_half_low)(V v) {
     F f = {0};
     for (int i = 0; i < LANES; i++) f[i] = num_from_f16((uint16_t)v[i]);
     return f;
@@ -2707,7 +2710,7 @@ LORCH_INLINE F FN(f_half)(const void *p) {
     for (int i = 0; i < LANES; i++) v[i] = ((const uint16_t *)p)[i];
     return FN(f_half_low)(v);
 }
-LORCH_INLINE V FN(v_table)(const int8_t *table, uint8_t offset, V v) {
+APART V FN(v_table)(const int8_t *table, uint8_t offset, V v) {
     FN(mat_bytes) b = (FN(mat_bytes))v;
     for (int i = 0; i < 4 * LANES; i++) b[i] = (uint8_t)(table[b[i] & 15] + offset);
     return (V)b;
@@ -2723,6 +2726,7 @@ LORCH_INLINE V FN(v_dot)(V sum, V w, V x) { /* bytes 0 and 2, then 1 and 3: a pr
     V even = (V)((a & 255) * (b << 8 >> 8)), odd = (V)((a >> 8 & 255) * (b >> 8));
     return sum + (even << 16 >> 16) + (even >> 16) + (odd << 16 >> 16) + (odd >> 16);
 }
+#undef APART
 #endif
 
 /* A chain of dots runs from v_start over v_dot; v_scaled and v_summed then take it up into int32 sums.
@@ -2880,9 +2884,9 @@ typedef struct {
 LORCH_INLINE V FN(mat_fetch_part)(V sum, const char *p, int block, int i, int parts) {
     int lines = (LANES * block + 63) / 64, from = lines * i / parts, to = lines * (i + 1) / parts;
 #if LANES >= 8
-    LORCH_UNROLL for (int n = from; n < to; n++) __asm__("prefetcht0 %1" : "+v"(sum) : "m"(p[64 * n]));
+    LORCH_UNROLL for (int n = from; n < to; n++) __asm__("prefetcht1 %1" : "+v"(sum) : "m"(p[64 * n]));
 #else
-    for (int n = from; n < to; n++) __builtin_prefetch(p + 64 * n);
+    for (int n = from; n < to; n++) __builtin_prefetch(p + 64 * n, 0, 2);
 #endif
     return sum;
 }
@@ -3221,7 +3225,7 @@ typedef struct { /* one slice of columns: all tokens meet all tiles */
 } FN(mat_pass);
 
 LORCH_INLINE void FN(mat_fetch)(const char *p, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 /* While tokens from t on pass tiles i and i + 1: their share of the rows, for a burst would hold up the loads. */
