@@ -2900,11 +2900,13 @@ LORCH_INLINE F FN(mat_block_value)(F acc, V dot, F d, F dmin, const mat_x *x, in
 /* Takes the codes of columns 16 * j and on. */
 LORCH_INLINE void FN(mat_take)(FN(mat_sink) *o, int j, V a, V b, V c, V d) {
     FN(mat_shape) s = o->shape;
+    int each = s.blocks ? 2 : 16;
     if (!o->x) {
+        a = FN(mat_fetch_part)(a, o->next, o->bytes, j % each, each);
         STORE(o->tile->q[4 * j], a), STORE(o->tile->q[4 * j + 1], b), STORE(o->tile->q[4 * j + 2], c), STORE(o->tile->q[4 * j + 3], d);
         return;
     }
-    int wide = s.wide && MAT_PAIRED, offset = !s.pairs && !wide, each = s.blocks ? 2 : 16, odd = !s.blocks && j / 2 % 2;
+    int wide = s.wide && MAT_PAIRED, offset = !s.pairs && !wide, odd = !s.blocks && j / 2 % 2;
     const int8_t *q = o->x->q + 16 * j;
     V chain = odd ? o->odd : o->even;
     if (s.chain == 4 || j % 2 == 0) chain = offset && !(s.blocks && j % 2) ? FN(v_start)(o->x->start[s.blocks ? j / 2 : j], s.shift) : (V){0};
@@ -3102,11 +3104,12 @@ LORCH_INLINE void FN(mat_take_super)(FN(mat_sink) *o, int type, const char *w, s
     }
 }
 
-/* Unpacks 256 columns, or the first `blocks` BLOCKS of them. */
-LORCH_INLINE void FN(mat_fill)(int type, FN(mat_tile) *to, const char *w, size_t stride, int blocks) {
-    FN(mat_sink) o = {FN(mat_shape_of)(type), to, NULL, NULL, {0}, {0}, {0}, {0}, {0}, {0}, 0};
+/* Unpacks 256 columns, or the first `blocks` BLOCKS of them, and fetches as many bytes from `next` on. */
+LORCH_INLINE void FN(mat_fill)(int type, FN(mat_tile) *to, const char *w, const char *next, size_t stride, int blocks) {
+    int bytes = quant_formats[type].bytes;
+    FN(mat_sink) o = {FN(mat_shape_of)(type), to, NULL, next, {0}, {0}, {0}, {0}, {0}, {0}, bytes};
     if (o.shape.blocks)
-        for (int i = 0; i < blocks; i++, w += quant_formats[type].bytes) FN(mat_take_block)(&o, type, i, w, stride);
+        for (int i = 0; i < blocks; i++, w += bytes, o.next += LANES * bytes) FN(mat_take_block)(&o, type, i, w, stride);
     else FN(mat_head)(to, type, w, stride), FN(mat_take_super)(&o, type, w, stride);
 }
 
@@ -3219,7 +3222,8 @@ typedef struct { /* one slice of columns: all tokens meet all tiles */
     FN(mat_tile) *tile; /* [tiles], an even number */
     float *c;           /* [n_tok][MAT_ROWS] */
     const mat_x *x;     /* [n_tok] */
-    const char *ahead;  /* the rows' next blocks, which are fetched meanwhile: ahead_bytes of each, stride apart. Or NULL */
+    const char *line;   /* few tokens: what is fetched while the tiles are filled, in a straight line. Or NULL */
+    const char *ahead;  /* many: the rows' next blocks, fetched while tokens pass: ahead_bytes of each, stride apart. Or NULL */
     size_t stride;
     int tiles, n_tok, blocks, shift, ahead_bytes;
 } FN(mat_pass);
@@ -3243,15 +3247,16 @@ LORCH_INLINE void FN(mat_sweep)(const FN(mat_pass) *p, FN(mat_shape) s) {
         else FN(mat_block)(tokens, s, p->blocks, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES); \
     }
     int t = 0;
-    for (; t + FN(MAT_TOKENS) <= p->n_tok; t += FN(MAT_TOKENS)) SWEEP(FN(MAT_TOKENS))
+    for (; t + FN(MAT_TOKENS) <= p->n_tok && (LANES < 16 || p->n_tok - t != 8); t += FN(MAT_TOKENS)) SWEEP(FN(MAT_TOKENS))
+    if (LANES == 16) for (; t + 4 <= p->n_tok; t += 4) SWEEP(4)
     for (; t + 2 <= p->n_tok; t += 2) SWEEP(2)
     for (; t < p->n_tok; t++) SWEEP(1)
 #undef SWEEP
 }
 
 #define FORMAT(T) \
-    static __attribute__((noinline)) void FN(mat_fill_##T)(FN(mat_tile) *to, const char *w, size_t stride, int blocks) { \
-        FN(mat_fill)(QUANT_##T, to, w, stride, blocks); \
+    static __attribute__((noinline)) void FN(mat_fill_##T)(FN(mat_tile) *to, const char *w, const char *next, size_t stride, int blocks) { \
+        FN(mat_fill)(QUANT_##T, to, w, next, stride, blocks); \
     } \
     static __attribute__((noinline)) F FN(mat_one_##T)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t n) { \
         return FN(mat_one)(QUANT_##T, w, next, stride, x, n); \
@@ -3266,7 +3271,7 @@ SWEEP(b, Q4_0) SWEEP(b_wide, Q8_0) SWEEP(b_mins, Q4_1) SWEEP(k4, Q4_K) SWEEP(k5,
 #undef SWEEP
 
 typedef struct { /* what is specialised for a format, or for the shape of its blocks */
-    void (*fill)(FN(mat_tile) *to, const char *w, size_t stride, int blocks);
+    void (*fill)(FN(mat_tile) *to, const char *w, const char *next, size_t stride, int blocks);
     F (*one)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t n);
     void (*sweep)(const FN(mat_pass) *p);
 } FN(mat_routines);
@@ -3285,7 +3290,7 @@ static void FN(mat_slice)(FN(mat_pass) *o, const mat_product *p, int64_t row, in
     size_t stride = quant_row_bytes(p->format, p->act->n);
     const char *w = p->weights + (size_t)row * stride + quant_row_bytes(p->format, slice * 256);
     for (int i = 0; i < o->tiles; i++, w += LANES * stride)
-        if (row + (i + 1) * LANES <= p->n_rows) FN(mat_routines_of)[type].fill(o->tile + i, w, stride, o->blocks);
+        if (row + (i + 1) * LANES <= p->n_rows) FN(mat_routines_of)[type].fill(o->tile + i, w, o->line ? o->line + i * LANES * o->ahead_bytes : w, stride, o->blocks);
         else FN(mat_fill_any)(o->tile + i, p, row + i * LANES, slice, s, o->blocks);
     o->shift = s.shift;
     FN(mat_routines_of)[type].sweep(o);
@@ -3484,14 +3489,11 @@ static void FN(mat_multiply)(const mat_product *p, int64_t row, int rows, const 
         const mat_x *x = p->format->kind == QUANT_BLOCKS ? a->blocks : a->super;
         for (int64_t slice = FN(mat_single)(p, row, tiles, ahead, c) ? a->n : 0; slice * 256 < a->n; slice++) {
             int64_t left = (a->n - slice * 256) / 32;
-            int bytes = 256 / p->format->block * p->format->bytes;
+            int bytes = 256 / p->format->block * p->format->bytes, few = a->n_tok <= MAT_FEW;
             size_t stride = quant_row_bytes(p->format, a->n);
+            const char *line = (ahead ? ahead : p->weights + (size_t)(row + rows) * stride) + (size_t)(slice * tiles * LANES) * (size_t)bytes;
             const char *next = left > 8 ? p->weights + (size_t)row * stride + (size_t)(slice + 1) * (size_t)bytes : ahead;
-            if (a->n_tok <= MAT_FEW) { /* memory sets the pace, and is faster in a straight line: the next rows, bit by bit */
-                next = (ahead ? ahead : p->weights + (size_t)(row + rows) * stride) + (size_t)(slice * tiles * LANES) * (size_t)bytes;
-                stride = (size_t)bytes;
-            }
-            FN(mat_pass) pass = {tile, c, x + slice * a->n_tok, next, stride, tiles, a->n_tok, left < 8 ? (int)left : 8, 0, bytes};
+            FN(mat_pass) pass = {tile, c, x + slice * a->n_tok, few ? line : NULL, few ? NULL : next, stride, tiles, a->n_tok, left < 8 ? (int)left : 8, 0, bytes};
             FN(mat_slice)(&pass, p, row, slice);
         }
     }
