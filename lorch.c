@@ -3252,20 +3252,34 @@ LORCH_INLINE void FN(mat_sweep)(const FN(mat_pass) *p, FN(mat_shape) s) {
 #undef SWEEP
 }
 
+#define FORMATS \
+    FORMAT(Q4_0) FORMAT(Q4_1) FORMAT(Q5_0) FORMAT(Q5_1) FORMAT(Q8_0) FORMAT(IQ4_NL) FORMAT(MXFP4) \
+    FORMAT(Q2_K) FORMAT(Q3_K) FORMAT(Q4_K) FORMAT(Q5_K) FORMAT(Q6_K) FORMAT(IQ4_XS)
 #define FORMAT(T) \
     static __attribute__((noinline)) void FN(mat_fill_##T)(FN(mat_tile) *to, const char *w, const char *next, size_t stride, int blocks) { \
         FN(mat_fill)(QUANT_##T, to, w, next, stride, blocks); \
-    } \
+    }
+FORMATS
+#undef FORMAT
+#if MAT_DOT != MAT_PLAIN
+#define FORMAT(T) \
     static __attribute__((noinline)) F FN(mat_one_##T)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t n) { \
         return FN(mat_one)(QUANT_##T, w, next, stride, x, n); \
     }
-FORMAT(Q4_0) FORMAT(Q4_1) FORMAT(Q5_0) FORMAT(Q5_1) FORMAT(Q8_0) FORMAT(IQ4_NL) FORMAT(MXFP4)
-FORMAT(Q2_K) FORMAT(Q3_K) FORMAT(Q4_K) FORMAT(Q5_K) FORMAT(Q6_K) FORMAT(IQ4_XS)
+FORMATS
 #undef FORMAT
+#endif
+#undef FORMATS
 
 /* A sweep for each shape: BLOCKS plain, with wide codes, with mins; SUPERBLOCKS of 32 with mins, of 16 plain, ... */
 #define SWEEP(name, T) static __attribute__((noinline)) void FN(mat_sweep_##name)(const FN(mat_pass) *p) { FN(mat_sweep)(p, FN(mat_shape_of)(QUANT_##T)); }
-SWEEP(b, Q4_0) SWEEP(b_wide, Q8_0) SWEEP(b_mins, Q4_1) SWEEP(k4, Q4_K) SWEEP(k5, Q5_K) SWEEP(k2, Q2_K) SWEEP(k6, Q6_K) SWEEP(k_wide, IQ4_XS)
+SWEEP(b, Q4_0) SWEEP(b_mins, Q4_1) SWEEP(k4, Q4_K) SWEEP(k2, Q2_K) SWEEP(k6, Q6_K)
+#if MAT_PAIRED /* elsewhere wide codes and those of 5 bits go like others */
+SWEEP(b_wide, Q8_0) SWEEP(k5, Q5_K) SWEEP(k_wide, IQ4_XS)
+#define IF_PAIRED(a, b) a
+#else
+#define IF_PAIRED(a, b) b
+#endif
 #undef SWEEP
 
 typedef struct { /* what is specialised for a format, or for the shape of its blocks */
@@ -3275,10 +3289,17 @@ typedef struct { /* what is specialised for a format, or for the shape of its bl
 } FN(mat_routines);
 
 static const FN(mat_routines) FN(mat_routines_of)[QUANT_TYPES] = {
-#define ROW(T, shape) [QUANT_##T] = {FN(mat_fill_##T), FN(mat_one_##T), FN(mat_sweep_##shape)}
-    ROW(Q4_0, b), ROW(Q5_0, b), ROW(MXFP4, b), ROW(Q8_0, b_wide), ROW(IQ4_NL, b_wide), ROW(Q4_1, b_mins), ROW(Q5_1, b_mins),
-    ROW(Q2_K, k2), ROW(Q3_K, k6), ROW(Q4_K, k4), ROW(Q5_K, k5), ROW(Q6_K, k6), ROW(IQ4_XS, k_wide)
+#if MAT_DOT == MAT_PLAIN /* one token goes over the tile there: its sums would be long code and hardly faster */
+#define ROW(T, sweep) [QUANT_##T] = {FN(mat_fill_##T), NULL, FN(sweep)}
+#else
+#define ROW(T, sweep) [QUANT_##T] = {FN(mat_fill_##T), FN(mat_one_##T), FN(sweep)}
+#endif
+    ROW(Q4_0, mat_sweep_b), ROW(Q5_0, mat_sweep_b), ROW(MXFP4, mat_sweep_b), ROW(Q4_1, mat_sweep_b_mins), ROW(Q5_1, mat_sweep_b_mins),
+    ROW(Q8_0, IF_PAIRED(mat_sweep_b_wide, mat_sweep_b)), ROW(IQ4_NL, IF_PAIRED(mat_sweep_b_wide, mat_sweep_b)),
+    ROW(Q2_K, mat_sweep_k2), ROW(Q3_K, mat_sweep_k6), ROW(Q4_K, mat_sweep_k4), ROW(Q5_K, IF_PAIRED(mat_sweep_k5, mat_sweep_k4)),
+    ROW(Q6_K, mat_sweep_k6), ROW(IQ4_XS, IF_PAIRED(mat_sweep_k_wide, mat_sweep_k6))
 #undef ROW
+#undef IF_PAIRED
 };
 
 /* Unpacks the slice for the rows from `row` on, and lets all tokens pass over it. */
@@ -3299,7 +3320,7 @@ static int FN(mat_single)(const mat_product *p, int64_t row, int tiles, const ch
     int type = (int)(p->format - quant_formats);
     size_t stride = quant_row_bytes(p->format, p->act->n);
     const char *w = p->weights + (size_t)row * stride;
-    if (p->act->n_tok != 1 || row + tiles * LANES > p->n_rows) return 0;
+    if (!FN(mat_routines_of)[type].one || p->act->n_tok != 1 || row + tiles * LANES > p->n_rows) return 0;
     for (int i = 0; i < tiles; i++, w += LANES * stride) {
         const char *next = i + 1 < tiles || !ahead ? w + LANES * stride : ahead;
         FN(f_store)(c + i * LANES, FN(mat_routines_of)[type].one(w, next, stride, p->format->kind == QUANT_BLOCKS ? p->act->blocks : p->act->super, p->act->n));
