@@ -48,6 +48,10 @@
  * What differs between machines: clocks, page cache, memory limits, CPU counts. Also the limits of the
  * program (each with its reason) and the log. Owns the process-wide log settings and nothing else. */
 
+#if !defined __GNUC__ || defined __TINYC__ || (__GNUC__ < 9 && !defined __clang__)
+#error "lorch needs GCC's vector types and atomics: compile it with gcc 9 or later, or with clang"
+#endif
+
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1 /* sched_getaffinity, POLLRDHUP, accept4, getrandom-style calls */
 #endif
