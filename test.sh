@@ -223,7 +223,7 @@ test_shape() {
         equal "shape: the top level holds what the design names" "$out" ""
     else skip "shape: the top level holds what the design names" "no git repository"; fi
     out=$(make help | awk '{print $2}' | tr '\n' ' ')
-    equal "shape: make help names every target" "$out" "build run test bench fuzz soak debug asan install clean "
+    equal "shape: make help names every target" "$out" "build run test coverage bench fuzz soak debug asan install clean "
     for word in $($W/lorch --help | grep -oE '^  --[a-z-]+' | sort -u); do
         grep -q -e "[\` ]$word[\` ]" README.md || echo "$word"
     done >$W/undocumented
