@@ -93,6 +93,9 @@ static void test_bad_environment(void) {
         check_usage_error(start("--config", path, "--model", tiny_model()), names[i], files[i]);
         remove(path);
     }
+    char *large = memset(mem(65536), '#', 65535), *path = temp_file("large.yaml", large, 65535);
+    check_usage_error(start("--config", path, "--model", tiny_model()), "64 KiB", "a large file");
+    remove(path);
 }
 
 static void test_help_and_version(void) {
@@ -120,7 +123,7 @@ static void test_help_and_version(void) {
 /* Command line over environment over file over default, each shown by a setting of its own. */
 static void test_precedence(void) {
     static const char file[] = "# a comment\nworker-id: from-file\nmodel-ref: \"from-file\"\n"
-                               "queue: 9   # nine\n\nparallel: 3\n";
+                               "queue: 9   # nine\r\n\nparallel: 3";
     char *path = temp_file("good.yaml", file, strlen(file));
     worker *w = ready_worker("LLORCH_WORKER_ID=from-env", "LLORCH_MODEL_REF=from-env",
                              "LLORCH_QUEUE=7", text("LLORCH_CONFIG=%s", path), "--worker-id",
