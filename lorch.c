@@ -48,8 +48,8 @@
  * What differs between machines: clocks, page cache, memory limits, CPU counts. Also the limits of the
  * program (each with its reason) and the log. Owns the process-wide log settings and nothing else. */
 
-#if !defined __GNUC__ || defined __TINYC__ || (__GNUC__ < 9 && !defined __clang__)
-#error "lorch needs GCC's vector types and atomics: compile it with gcc 9 or later, or with clang"
+#if !defined __GNUC__ || defined __TINYC__ || (!defined __clang__ && (__GNUC__ < 9 || (__GNUC__ < 11 && defined __x86_64__))) /* 11: AVX-VNNI */
+#error "lorch needs GCC's vector types and atomics: compile it with gcc 11 or later, or with clang"
 #endif
 
 #ifndef _GNU_SOURCE

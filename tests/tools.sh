@@ -245,7 +245,7 @@ test_machine() { # NAME MULTIARCH-TUPLE QEMU'S-NAME [COMPILER'S-FLAG]
 
 # A compiler that lacks what lorch needs says so first, and names those that have it.
 test_compilers() {
-    wish='compile it with gcc 9 or later, or with clang'
+    wish='compile it with gcc 11 or later, or with clang'
     out=$(gcc -U__GNUC__ -fsyntax-only lorch.c 2>&1 | head -n 1)
     case $out in *"$wish"*) ok "an unknown compiler is refused, with advice" ;; *) fail "an unknown compiler is refused, with advice" "$out" ;; esac
     need "tcc is refused, with advice" tcc || return
