@@ -3097,7 +3097,7 @@ LORCH_INLINE void FN(mat_take_super)(FN(mat_sink) *o, int type, const char *w, s
         LORCH_UNROLL for (int i = 0; i < 8; i++)
             FN(mat_take_nibbles)(o, 2 * i, 2 * i + 1, FN(v_turn)(w + offsetof(quant_iq4_xs, q) + 16 * i, stride), quant_curve);
         break;
-    default: /* Q6_K */
+    default:; /* Q6_K; gcc 11 takes no pragma right after a label */
         LORCH_UNROLL for (int i = 0; i < 4; i++) FN(mat_take_q6_k)(o, i, w, stride);
     }
 }
