@@ -163,19 +163,14 @@ enum { /* Limits. Each has its reason; the tests stand on both sides. */
     ROW_TILE = 16             /* weight rows that one kernel call computes */
 };
 
-static double sys_now(void) { /* seconds, monotonic */
-    struct timespec t = {0, 0};
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static double sys_cpu_clock(clockid_t clock) {
+static double sys_clock(clockid_t clock) { /* seconds */
     struct timespec t = {0, 0};
     clock_gettime(clock, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
-static double sys_cpu_now(void) { return sys_cpu_clock(CLOCK_PROCESS_CPUTIME_ID); }       /* CPU seconds of all threads of this process */
-static double sys_thread_cpu_now(void) { return sys_cpu_clock(CLOCK_THREAD_CPUTIME_ID); } /* of the calling thread */
+static double sys_now(void) { return sys_clock(CLOCK_MONOTONIC); }
+static double sys_cpu_now(void) { return sys_clock(CLOCK_PROCESS_CPUTIME_ID); }       /* CPU seconds of all threads of this process */
+static double sys_thread_cpu_now(void) { return sys_clock(CLOCK_THREAD_CPUTIME_ID); } /* of the calling thread */
 
 static int64_t sys_unix_ms(void) { /* milliseconds since 1970, as X-Deadline counts them */
     struct timespec t = {0, 0};
@@ -1831,30 +1826,32 @@ static const gguf_kv *gguf_find(const gguf_file *g, const char *key) {
     return NULL;
 }
 
-/* A whole number of any integer type, or `missing`. Negative and non-integer values count as missing. */
-static uint64_t gguf_get_uint(const gguf_file *g, const char *key, uint64_t missing) {
-    const gguf_kv *kv = gguf_find(g, key);
-    if (!kv || kv->is_array) return missing;
+/* A whole number of any integer type. Returns its sign, -1 or 1, with the magnitude in *v; 0 if the value is no such number. */
+static int gguf_whole(const gguf_kv *kv, uint64_t *v) {
+    if (!kv || kv->is_array || kv->type == GGUF_F32 || kv->type == GGUF_F64 || kv->type == GGUF_STRING || kv->type == GGUF_BOOL) return 0;
     int size = gguf_type_bytes[kv->type], is_signed = kv->type == GGUF_I8 || kv->type == GGUF_I16 || kv->type == GGUF_I32 || kv->type == GGUF_I64;
-    if (kv->type == GGUF_F32 || kv->type == GGUF_F64 || kv->type == GGUF_STRING || kv->type == GGUF_BOOL) return missing;
-    uint64_t v = 0;
-    memcpy(&v, kv->value, (size_t)size);
-    return is_signed && (v >> (8 * size - 1) & 1) ? missing : v;
+    *v = 0;
+    memcpy(v, kv->value, (size_t)size);
+    if (!is_signed || !(*v >> (8 * size - 1) & 1)) return 1;
+    *v = ~(*v - 1) & (size == 8 ? UINT64_MAX : ((uint64_t)1 << 8 * size) - 1);
+    return -1;
+}
+
+/* A whole number, or `missing`. Negative and non-integer values count as missing. */
+static uint64_t gguf_get_uint(const gguf_file *g, const char *key, uint64_t missing) {
+    uint64_t v;
+    return gguf_whole(gguf_find(g, key), &v) > 0 ? v : missing;
 }
 
 static double gguf_get_float(const gguf_file *g, const char *key, double missing) {
     const gguf_kv *kv = gguf_find(g, key);
     float f;
     double d;
-    if (!kv || kv->is_array) return missing;
-    if (kv->type == GGUF_F32) return memcpy(&f, kv->value, 4), (double)f;
-    if (kv->type == GGUF_F64) return memcpy(&d, kv->value, 8), d;
-    int size = gguf_type_bytes[kv->type];
-    uint64_t v = 0;
-    if (kv->type == GGUF_STRING || kv->type == GGUF_BOOL) return missing;
-    memcpy(&v, kv->value, (size_t)size);
-    int negative = (kv->type == GGUF_I8 || kv->type == GGUF_I16 || kv->type == GGUF_I32 || kv->type == GGUF_I64) && (v >> (8 * size - 1) & 1);
-    return negative ? -(double)(~(v - 1) & (size == 8 ? UINT64_MAX : ((uint64_t)1 << 8 * size) - 1)) : (double)v;
+    uint64_t v;
+    if (kv && !kv->is_array && kv->type == GGUF_F32) return memcpy(&f, kv->value, 4), (double)f;
+    if (kv && !kv->is_array && kv->type == GGUF_F64) return memcpy(&d, kv->value, 8), d;
+    int sign = gguf_whole(kv, &v);
+    return sign ? sign * (double)v : missing;
 }
 
 static int gguf_get_bool(const gguf_file *g, const char *key, int missing) {
@@ -2020,8 +2017,8 @@ static void gguf_on_fault(int sig, siginfo_t *info, void *context) {
     (void)context;
     if (g && (uintptr_t)info->si_addr - (uintptr_t)g->map < g->size) {
         if (gguf_last_word) {
-            ssize_t n = write(STDERR_FILENO, gguf_last_word, strlen(gguf_last_word));
-            _exit(n < 0 ? 1 : 1);
+            if (write(STDERR_FILENO, gguf_last_word, strlen(gguf_last_word)) < 0) _exit(1); /* there is nobody to tell */
+            _exit(1);
         }
         __atomic_store_n(&g->lost, 1, __ATOMIC_SEQ_CST);
         if (mmap((void *)(uintptr_t)g->map, (size_t)g->size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED) {
@@ -2144,10 +2141,11 @@ static gguf_file *gguf_open(const char *path, char *err, size_t err_cap) {
  *
  * A product takes up to MAT_ROWS rows at a time. A slice of 256 columns is unpacked into tiles of LANES rows,
  * side by side, 4 columns of a row in each lane; then all tokens of the batch pass over the tiles while
- * they are in cache. One token alone meets the hot formats without a tile, in registers.
+ * they are in cache. One token alone needs no tile: its sums stay in registers, and so do the codes.
  *
- * To add a format: its unpacker and row in "Number formats", and a case in mat_slice. To add an instruction
- * set: a stanza with its target, and the dozen primitives at the head of the included part. */
+ * To add a format: its unpacker and row in "Number formats"; here a case in mat_shape_of, one in mat_take_block,
+ * or in mat_head and mat_take_super, a FORMAT, and a ROW in mat_routines_of. To add an instruction set: a stanza
+ * with its target, and the dozen primitives at the head of the included part. */
 
 enum {
     MAT_ROWS = 64,     /* most rows of one call of multiply: their tiles fill half of a level-1 cache */
@@ -2684,12 +2682,15 @@ LORCH_INLINE V FN(v_dot)(V sum, V w, V x) {
 #else /* no instructions of its own */
 enum { FN(MAT_TOKENS) = 2 };
 #define KEEP(x) (void)0
+#define APART static __attribute__((noinline)) /* long, and not made for speed */
 #ifdef __FP_FAST_FMAF
 #define FMA(a, b, c) __builtin_fmaf(a, b, c)
+LORCH_INLINE
 #else
 #define FMA(a, b, c) num_fma(a, b, c)
+APART
 #endif
-LORCH_INLINE F FN(f_fma)(F a, F b, F c) {
+F FN(f_fma)(F a, F b, F c) {
     for (int i = 0; i < LANES; i++) c[i] = FMA(a[i], b[i], c[i]);
     return c;
 }
@@ -2701,7 +2702,7 @@ LORCH_INLINE F FN(f_min)(F a, F b) {
     for (int i = 0; i < LANES; i++) a[i] = a[i] < b[i] ? a[i] : b[i];
     return a;
 }
-LORCH_INLINE F FN(f_half_low)(V v) {
+APART F FN(f_half_low)(V v) {
     F f = {0};
     for (int i = 0; i < LANES; i++) f[i] = num_from_f16((uint16_t)v[i]);
     return f;
@@ -2711,7 +2712,7 @@ LORCH_INLINE F FN(f_half)(const void *p) {
     for (int i = 0; i < LANES; i++) v[i] = ((const uint16_t *)p)[i];
     return FN(f_half_low)(v);
 }
-LORCH_INLINE V FN(v_table)(const int8_t *table, uint8_t offset, V v) {
+APART V FN(v_table)(const int8_t *table, uint8_t offset, V v) {
     FN(mat_bytes) b = (FN(mat_bytes))v;
     for (int i = 0; i < 4 * LANES; i++) b[i] = (uint8_t)(table[b[i] & 15] + offset);
     return (V)b;
@@ -2727,6 +2728,7 @@ LORCH_INLINE V FN(v_dot)(V sum, V w, V x) { /* bytes 0 and 2, then 1 and 3: a pr
     V even = (V)((a & 255) * (b << 8 >> 8)), odd = (V)((a >> 8 & 255) * (b >> 8));
     return sum + (even << 16 >> 16) + (even >> 16) + (odd << 16 >> 16) + (odd >> 16);
 }
+#undef APART
 #endif
 
 /* A chain of dots runs from v_start over v_dot; v_scaled and v_summed then take it up into int32 sums.
@@ -2884,9 +2886,9 @@ typedef struct {
 LORCH_INLINE V FN(mat_fetch_part)(V sum, const char *p, int block, int i, int parts) {
     int lines = (LANES * block + 63) / 64, from = lines * i / parts, to = lines * (i + 1) / parts;
 #if LANES >= 8
-    LORCH_UNROLL for (int n = from; n < to; n++) __asm__("prefetcht0 %1" : "+v"(sum) : "m"(p[64 * n]));
+    LORCH_UNROLL for (int n = from; n < to; n++) __asm__("prefetcht1 %1" : "+v"(sum) : "m"(p[64 * n]));
 #else
-    for (int n = from; n < to; n++) __builtin_prefetch(p + 64 * n);
+    for (int n = from; n < to; n++) __builtin_prefetch(p + 64 * n, 0, 2);
 #endif
     return sum;
 }
@@ -2900,11 +2902,13 @@ LORCH_INLINE F FN(mat_block_value)(F acc, V dot, F d, F dmin, const mat_x *x, in
 /* Takes the codes of columns 16 * j and on. */
 LORCH_INLINE void FN(mat_take)(FN(mat_sink) *o, int j, V a, V b, V c, V d) {
     FN(mat_shape) s = o->shape;
+    int each = s.blocks ? 2 : 16;
     if (!o->x) {
+        a = FN(mat_fetch_part)(a, o->next, o->bytes, j % each, each);
         STORE(o->tile->q[4 * j], a), STORE(o->tile->q[4 * j + 1], b), STORE(o->tile->q[4 * j + 2], c), STORE(o->tile->q[4 * j + 3], d);
         return;
     }
-    int wide = s.wide && MAT_PAIRED, offset = !s.pairs && !wide, each = s.blocks ? 2 : 16, odd = !s.blocks && j / 2 % 2;
+    int wide = s.wide && MAT_PAIRED, offset = !s.pairs && !wide, odd = !s.blocks && j / 2 % 2;
     const int8_t *q = o->x->q + 16 * j;
     V chain = odd ? o->odd : o->even;
     if (s.chain == 4 || j % 2 == 0) chain = offset && !(s.blocks && j % 2) ? FN(v_start)(o->x->start[s.blocks ? j / 2 : j], s.shift) : (V){0};
@@ -3102,11 +3106,12 @@ LORCH_INLINE void FN(mat_take_super)(FN(mat_sink) *o, int type, const char *w, s
     }
 }
 
-/* Unpacks 256 columns, or the first `blocks` BLOCKS of them. */
-LORCH_INLINE void FN(mat_fill)(int type, FN(mat_tile) *to, const char *w, size_t stride, int blocks) {
-    FN(mat_sink) o = {FN(mat_shape_of)(type), to, NULL, NULL, {0}, {0}, {0}, {0}, {0}, {0}, 0};
+/* Unpacks 256 columns, or the first `blocks` BLOCKS of them, and fetches as many bytes from `next` on. */
+LORCH_INLINE void FN(mat_fill)(int type, FN(mat_tile) *to, const char *w, const char *next, size_t stride, int blocks) {
+    int bytes = quant_formats[type].bytes;
+    FN(mat_sink) o = {FN(mat_shape_of)(type), to, NULL, next, {0}, {0}, {0}, {0}, {0}, {0}, bytes};
     if (o.shape.blocks)
-        for (int i = 0; i < blocks; i++, w += quant_formats[type].bytes) FN(mat_take_block)(&o, type, i, w, stride);
+        for (int i = 0; i < blocks; i++, w += bytes, o.next += LANES * bytes) FN(mat_take_block)(&o, type, i, w, stride);
     else FN(mat_head)(to, type, w, stride), FN(mat_take_super)(&o, type, w, stride);
 }
 
@@ -3219,13 +3224,14 @@ typedef struct { /* one slice of columns: all tokens meet all tiles */
     FN(mat_tile) *tile; /* [tiles], an even number */
     float *c;           /* [n_tok][MAT_ROWS] */
     const mat_x *x;     /* [n_tok] */
-    const char *ahead;  /* the rows' next blocks, which are fetched meanwhile: ahead_bytes of each, stride apart. Or NULL */
+    const char *line;   /* few tokens: what is fetched while the tiles are filled, in a straight line. Or NULL */
+    const char *ahead;  /* many: the rows' next blocks, fetched while tokens pass: ahead_bytes of each, stride apart. Or NULL */
     size_t stride;
     int tiles, n_tok, blocks, shift, ahead_bytes;
 } FN(mat_pass);
 
 LORCH_INLINE void FN(mat_fetch)(const char *p, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 /* While tokens from t on pass tiles i and i + 1: their share of the rows, for a burst would hold up the loads. */
@@ -3243,15 +3249,16 @@ LORCH_INLINE void FN(mat_sweep)(const FN(mat_pass) *p, FN(mat_shape) s) {
         else FN(mat_block)(tokens, s, p->blocks, p->tile + i, p->x + t, p->c + t * MAT_ROWS + i * LANES); \
     }
     int t = 0;
-    for (; t + FN(MAT_TOKENS) <= p->n_tok; t += FN(MAT_TOKENS)) SWEEP(FN(MAT_TOKENS))
+    for (; t + FN(MAT_TOKENS) <= p->n_tok && (LANES < 16 || p->n_tok - t != 8); t += FN(MAT_TOKENS)) SWEEP(FN(MAT_TOKENS))
+    if (LANES == 16) for (; t + 4 <= p->n_tok; t += 4) SWEEP(4)
     for (; t + 2 <= p->n_tok; t += 2) SWEEP(2)
     for (; t < p->n_tok; t++) SWEEP(1)
 #undef SWEEP
 }
 
 #define FORMAT(T) \
-    static __attribute__((noinline)) void FN(mat_fill_##T)(FN(mat_tile) *to, const char *w, size_t stride, int blocks) { \
-        FN(mat_fill)(QUANT_##T, to, w, stride, blocks); \
+    static __attribute__((noinline)) void FN(mat_fill_##T)(FN(mat_tile) *to, const char *w, const char *next, size_t stride, int blocks) { \
+        FN(mat_fill)(QUANT_##T, to, w, next, stride, blocks); \
     } \
     static __attribute__((noinline)) F FN(mat_one_##T)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t n) { \
         return FN(mat_one)(QUANT_##T, w, next, stride, x, n); \
@@ -3266,7 +3273,7 @@ SWEEP(b, Q4_0) SWEEP(b_wide, Q8_0) SWEEP(b_mins, Q4_1) SWEEP(k4, Q4_K) SWEEP(k5,
 #undef SWEEP
 
 typedef struct { /* what is specialised for a format, or for the shape of its blocks */
-    void (*fill)(FN(mat_tile) *to, const char *w, size_t stride, int blocks);
+    void (*fill)(FN(mat_tile) *to, const char *w, const char *next, size_t stride, int blocks);
     F (*one)(const char *w, const char *next, size_t stride, const mat_x *x, int64_t n);
     void (*sweep)(const FN(mat_pass) *p);
 } FN(mat_routines);
@@ -3285,7 +3292,7 @@ static void FN(mat_slice)(FN(mat_pass) *o, const mat_product *p, int64_t row, in
     size_t stride = quant_row_bytes(p->format, p->act->n);
     const char *w = p->weights + (size_t)row * stride + quant_row_bytes(p->format, slice * 256);
     for (int i = 0; i < o->tiles; i++, w += LANES * stride)
-        if (row + (i + 1) * LANES <= p->n_rows) FN(mat_routines_of)[type].fill(o->tile + i, w, stride, o->blocks);
+        if (row + (i + 1) * LANES <= p->n_rows) FN(mat_routines_of)[type].fill(o->tile + i, w, o->line ? o->line + i * LANES * o->ahead_bytes : w, stride, o->blocks);
         else FN(mat_fill_any)(o->tile + i, p, row + i * LANES, slice, s, o->blocks);
     o->shift = s.shift;
     FN(mat_routines_of)[type].sweep(o);
@@ -3484,14 +3491,11 @@ static void FN(mat_multiply)(const mat_product *p, int64_t row, int rows, const 
         const mat_x *x = p->format->kind == QUANT_BLOCKS ? a->blocks : a->super;
         for (int64_t slice = FN(mat_single)(p, row, tiles, ahead, c) ? a->n : 0; slice * 256 < a->n; slice++) {
             int64_t left = (a->n - slice * 256) / 32;
-            int bytes = 256 / p->format->block * p->format->bytes;
+            int bytes = 256 / p->format->block * p->format->bytes, few = a->n_tok <= MAT_FEW;
             size_t stride = quant_row_bytes(p->format, a->n);
+            const char *line = (ahead ? ahead : p->weights + (size_t)(row + rows) * stride) + (size_t)(slice * tiles * LANES) * (size_t)bytes;
             const char *next = left > 8 ? p->weights + (size_t)row * stride + (size_t)(slice + 1) * (size_t)bytes : ahead;
-            if (a->n_tok <= MAT_FEW) { /* memory sets the pace, and is faster in a straight line: the next rows, bit by bit */
-                next = (ahead ? ahead : p->weights + (size_t)(row + rows) * stride) + (size_t)(slice * tiles * LANES) * (size_t)bytes;
-                stride = (size_t)bytes;
-            }
-            FN(mat_pass) pass = {tile, c, x + slice * a->n_tok, next, stride, tiles, a->n_tok, left < 8 ? (int)left : 8, 0, bytes};
+            FN(mat_pass) pass = {tile, c, x + slice * a->n_tok, few ? line : NULL, few ? NULL : next, stride, tiles, a->n_tok, left < 8 ? (int)left : 8, 0, bytes};
             FN(mat_slice)(&pass, p, row, slice);
         }
     }
@@ -3600,6 +3604,10 @@ LORCH_INLINE F FN(f_tail)(const float *p, int64_t n) {
     return FN(f_load)(f);
 }
 
+/* The next of n floats, as many as there are up to LANES; and back. */
+LORCH_INLINE F FN(f_take)(const float *p, int64_t n) { return n >= LANES ? FN(f_load)(p) : FN(f_tail)(p, n); }
+LORCH_INLINE void FN(f_put)(float *p, int64_t n, F f) { memcpy(p, &f, n >= LANES ? sizeof f : (size_t)n * sizeof(float)); }
+
 LORCH_INLINE F FN(f_activate)(enum mat_activation a, F g) { /* the gate's part */
     if (a == MAT_SILU) return g / (1.0f + FN(f_exp)(-g));
     if (a == MAT_SWIGLU7) {
@@ -3612,23 +3620,18 @@ LORCH_INLINE F FN(f_activate)(enum mat_activation a, F g) { /* the gate's part *
 
 static void FN(mat_activate)(enum mat_activation a, float *gate, const float *up, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
-        int whole = n - i >= LANES;
-        F g = FN(f_activate)(a, whole ? FN(f_load)(gate + i) : FN(f_tail)(gate + i, n - i));
+        F g = FN(f_activate)(a, FN(f_take)(gate + i, n - i));
         if (up) {
-            F u = whole ? FN(f_load)(up + i) : FN(f_tail)(up + i, n - i);
+            F u = FN(f_take)(up + i, n - i);
             if (a == MAT_SWIGLU7) u = FN(f_max)(FN(f_all)(-7.0f), FN(f_min)(FN(f_all)(7.0f), u)) + 1.0f;
             g *= u;
         }
-        memcpy(gate + i, &g, whole ? sizeof g : (size_t)(n - i) * sizeof(float));
+        FN(f_put)(gate + i, n - i, g);
     }
 }
 
 static void FN(mat_cap)(float *x, int64_t n, float most) {
-    for (int64_t i = 0; i < n; i += LANES) {
-        int whole = n - i >= LANES;
-        F y = FN(f_tanh)((whole ? FN(f_load)(x + i) : FN(f_tail)(x + i, n - i)) / most) * most;
-        memcpy(x + i, &y, whole ? sizeof y : (size_t)(n - i) * sizeof(float));
-    }
+    for (int64_t i = 0; i < n; i += LANES) FN(f_put)(x + i, n - i, FN(f_tanh)(FN(f_take)(x + i, n - i) / most) * most);
 }
 
 static void FN(mat_add)(float *x, const float *y, int64_t n) {
@@ -3636,11 +3639,7 @@ static void FN(mat_add)(float *x, const float *y, int64_t n) {
 }
 
 static void FN(mat_exp_shifted)(float *out, const float *x, int64_t n, float shift) {
-    for (int64_t i = 0; i < n; i += LANES) {
-        int whole = n - i >= LANES;
-        F e = FN(f_exp)((whole ? FN(f_load)(x + i) : FN(f_tail)(x + i, n - i)) - shift);
-        memcpy(out + i, &e, whole ? sizeof e : (size_t)(n - i) * sizeof(float));
-    }
+    for (int64_t i = 0; i < n; i += LANES) FN(f_put)(out + i, n - i, FN(f_exp)(FN(f_take)(x + i, n - i) - shift));
 }
 
 /* ---- attention ---- */
@@ -5334,12 +5333,12 @@ enum model_style {
     S_LAYER_NORM = 1 << 5,   /* norms subtract the mean */
     S_SQRT_EMBD = 1 << 6,    /* the embedding is multiplied by sqrt(n_embd) */
     S_CAPS = 1 << 7,         /* attention scores and logits have caps, 50 and 30 unless the keys differ */
-    S_LOGIT_CAP = 1 << 13,   /* logits have a cap if a key gives one */
-    S_NORMED = 1 << 8,       /* the chosen experts' weights are made to sum to 1 */
-    S_SIGMOID = 1 << 9,      /* experts' weights are sigmoids */
-    S_CHOSEN_SOFTMAX = 1 << 10, /* softmax over the chosen experts only */
-    S_LOGITS_OVER = 1 << 11, /* logits are divided by logit_scale, not multiplied */
-    S_BIG_WINDOWS = 1 << 12  /* only the size with big_layers has windows */
+    S_LOGIT_CAP = 1 << 8,    /* logits have a cap if a key gives one */
+    S_NORMED = 1 << 9,       /* the chosen experts' weights are made to sum to 1 */
+    S_SIGMOID = 1 << 10,     /* experts' weights are sigmoids */
+    S_CHOSEN_SOFTMAX = 1 << 11, /* softmax over the chosen experts only */
+    S_LOGITS_OVER = 1 << 12, /* logits are divided by logit_scale, not multiplied */
+    S_BIG_WINDOWS = 1 << 13  /* only the size with big_layers has windows */
 };
 
 typedef struct {
@@ -5686,6 +5685,12 @@ static const gguf_kv *model_key(const model *m, const char *key, char full[96]) 
     return gguf_find(m->file, full);
 }
 
+static int model_flag(const model *m, const char *key, int missing) {
+    char full[96];
+    model_key(m, key, full);
+    return gguf_get_bool(m->file, full, missing);
+}
+
 /* A whole number of a layer, where the file may give one for all or an array; `missing` where it gives none. */
 static uint64_t model_layer_uint(const model *m, const char *key, int layer, uint64_t missing) {
     char full[96];
@@ -5820,8 +5825,7 @@ static int model_read_experts(model *m, char *err, size_t cap) {
         if (model_number(m, lacking[i], 0) != 0) return sys_fail(err, cap, "%s: %s is not supported", m->file->path, lacking[i]);
     if (gating > 3) return sys_fail(err, cap, "%s: expert_gating_func %d is not supported", m->file->path, (int)gating);
     if (gating) m->style = (m->style & ~(unsigned)(S_SIGMOID | S_CHOSEN_SOFTMAX)) | how[gating];
-    char full[96];
-    int normed = gguf_get_bool(m->file, (model_key(m, "expert_weights_norm", full), full), -1);
+    int normed = model_flag(m, "expert_weights_norm", -1);
     if (normed >= 0) m->style = (m->style & ~(unsigned)S_NORMED) | (normed ? S_NORMED : 0);
     m->expert_scale = (float)model_number(m, "expert_weights_scale", 1);
     if (m->expert_scale == 0) m->expert_scale = 1;
@@ -5847,7 +5851,7 @@ static int model_read_layers(model *m, char *err, size_t cap) {
         y->rope = y->window && (a->style & S_PLAIN_WINDOWS) ? 1 : 0;
         if ((a->style & S_NO_ROPE) || ((a->style & S_NO_ROPE_4TH) && l % 4 == 3) || ((a->style & S_ROPE_WINDOWS) && window && !y->window)) y->rope = -1;
     }
-    if (!gguf_get_bool(m->file, (model_key(m, "rope.scaling.finetuned", full), full), 1) && (a->style & S_LOGITS_OVER)) /* granite says so that it has no RoPE */
+    if (!model_flag(m, "rope.scaling.finetuned", 1) && (a->style & S_LOGITS_OVER)) /* granite says so that it has no RoPE */
         for (int l = 0; l < m->n_layer; l++) m->layer[l].rope = -1;
     m->inv_freq[0] = sys_zalloc((size_t)m->n_rot + 1, sizeof(double));
     if (window && (a->style & S_PLAIN_WINDOWS)) m->inv_freq[1] = sys_zalloc((size_t)m->n_rot + 1, sizeof(double));
@@ -6031,14 +6035,14 @@ typedef struct {
     float *weight;              /* [max_tokens][n_used] of the experts chosen */
     int32_t *chosen, *slot;     /* [max_tokens][n_used] them; the place of this token among all tokens, sorted by expert */
     int32_t *slot_token, *slot_expert; /* [max_tokens * n_used] */
-    int32_t *first_slot;        /* [n_expert + 1] */
+    int32_t *first_slot;        /* [n_groups + 1] of experts, or of heads with matrices of their own */
     float *sorted;              /* [max_tokens * n_used][n_embd] the experts' inputs, then their outputs */
     float *latent;              /* [max_tokens][n_latent + n_rot] */
     float *heads, *heads_out;   /* of latent attention: see model_run_latent */
     char *scratch;              /* [threads][scratch_bytes] of the kernels */
     size_t scratch_bytes;
     int32_t *group;             /* [max_tokens + 1] */
-    mat_act act, *expert_act;   /* expert_act [n_expert or n_head]: the part of act that lies in each one's slots */
+    mat_act act, *group_act;   /* group_act [n_expert or n_head]: the part of act that lies in each one's slots */
     char *pages;                /* what all of the above lies in */
     size_t bytes;
     const model_batch *batch;   /* of the pass that runs */
@@ -6066,6 +6070,7 @@ static uint64_t model_run_layout(model_run *r, char *base) {
     if (head > widest) widest = head;
     if ((uint64_t)m->n_q_rank > widest) widest = (uint64_t)m->n_q_rank;
     uint64_t expert_widest = embd > (uint64_t)m->n_ff_exp ? embd : (uint64_t)m->n_ff_exp, experts = (uint64_t)m->n_expert;
+    uint64_t groups = experts > heads ? experts : heads;
     uint64_t blocks = n * ((widest + 255) / 256 + heads), expert_blocks = slots * ((expert_widest + 255) / 256);
     if (expert_blocks > blocks) blocks = expert_blocks;
     if (ff_exp > ff) ff = ff_exp;
@@ -6089,7 +6094,7 @@ static uint64_t model_run_layout(model_run *r, char *base) {
     TAKE(slot, int32_t, slots);
     TAKE(slot_token, int32_t, slots);
     TAKE(slot_expert, int32_t, slots);
-    TAKE(first_slot, int32_t, experts + 1);
+    TAKE(first_slot, int32_t, groups + 1);
     TAKE(sorted, float, slots * embd);
     TAKE(latent, float, n * latent);
     TAKE(heads, float, heads ? n * (head > (size_t)m->n_q_rank ? head : (size_t)m->n_q_rank) : 0);
@@ -6098,7 +6103,7 @@ static uint64_t model_run_layout(model_run *r, char *base) {
     TAKE(group, int32_t, n + 1);
     TAKE(act.blocks, mat_x, blocks + n);
     TAKE(act.super, mat_x, blocks);
-    TAKE(expert_act, mat_act, experts > heads ? experts : heads);
+    TAKE(group_act, mat_act, groups);
     uint64_t products = MODEL_PRODUCTS + (2 * experts > heads ? 2 * experts : heads);
     TAKE(product, mat_product, products);
     TAKE(first_item, int64_t, products + 1);
@@ -6422,27 +6427,28 @@ static void model_sort_tokens(model_run *r) {
     r->first_slot[0] = 0;
 }
 
-/* The inputs x [slots][n] of the experts' next products: to each expert its slots. */
-static void model_expert_input(model_run *r, const float *x, int64_t n) {
+/* Products of groups, experts or heads, each with a matrix of its own, [n_groups * rows][n] in all: the inputs x
+ * [slots][n] are sorted by group, and those of group g begin at first_slot[g]. */
+static void model_group_input(model_run *r, int n_groups, const float *x, int64_t n) {
     int64_t blocks = (n + 255) / 256;
-    for (int e = 0; e < r->m->n_expert; e++) {
-        int64_t from = r->first_slot[e];
-        mat_act a = {x + from * n, r->act.blocks + from * blocks, r->act.super + from * blocks, n, r->first_slot[e + 1] - r->first_slot[e]};
-        r->expert_act[e] = a;
+    for (int g = 0; g < n_groups; g++) {
+        int64_t from = r->first_slot[g];
+        mat_act a = {x + from * n, r->act.blocks + from * blocks, r->act.super + from * blocks, n, (int)(r->first_slot[g + 1] - from)};
+        r->group_act[g] = a;
     }
 }
 
-static void model_expert_products(model_run *r, const model_matrix *w, float *out) {
-    int64_t rows = w->rows / r->m->n_expert;
-    for (int e = 0; e < r->m->n_expert; e++) {
-        mat_product p = {w->format, w->data + (size_t)(e * rows) * quant_row_bytes(w->format, w->n), &r->expert_act[e], out + r->first_slot[e] * rows, rows};
-        if (r->expert_act[e].n_tok) r->product[r->n_products++] = p;
+static void model_group_products(model_run *r, int n_groups, const model_matrix *w, float *out) {
+    int64_t rows = w->rows / n_groups;
+    for (int g = 0; g < n_groups; g++) {
+        mat_product p = {w->format, w->data + (size_t)(g * rows) * quant_row_bytes(w->format, w->n), &r->group_act[g], out + r->first_slot[g] * rows, rows};
+        if (r->group_act[g].n_tok) r->product[r->n_products++] = p;
     }
 }
 
 static void model_quantise_slot(model_run *r, int64_t s, const model_matrix *a, const model_matrix *b) {
     int e = r->slot_expert[s];
-    r->k->quantise(&r->expert_act[e], 1u << a->format->kind | 1u << b->format->kind, (int)(s - r->first_slot[e]));
+    r->k->quantise(&r->group_act[e], 1u << a->format->kind | 1u << b->format->kind, (int)(s - r->first_slot[e]));
 }
 
 static void model_gather_slot(void *ctx, int64_t s, int thread) {
@@ -6488,14 +6494,14 @@ static void model_run_experts(model_run *r) {
     int64_t slots = (int64_t)r->batch->n * r->m->n_used;
     pool_run(r->threads, model_route_token, r, r->batch->n);
     model_sort_tokens(r);
-    model_expert_input(r, r->sorted, r->m->n_embd);
+    model_group_input(r, r->m->n_expert, r->sorted, r->m->n_embd);
     pool_run(r->threads, model_gather_slot, r, slots);
-    model_expert_products(r, &l->gates, r->gate);                  /* gate, up [slots][n_ff_exp] */
-    model_expert_products(r, &l->ups, r->up);
+    model_group_products(r, r->m->n_expert, &l->gates, r->gate);                  /* gate, up [slots][n_ff_exp] */
+    model_group_products(r, r->m->n_expert, &l->ups, r->up);
     model_multiply(r);
-    model_expert_input(r, r->gate, r->m->n_ff_exp);
+    model_group_input(r, r->m->n_expert, r->gate, r->m->n_ff_exp);
     pool_run(r->threads, model_activate_slot, r, slots);
-    model_expert_products(r, &l->downs, r->sorted);                /* sorted [slots][n_embd] */
+    model_group_products(r, r->m->n_expert, &l->downs, r->sorted);                /* sorted [slots][n_embd] */
     model_multiply(r);
     pool_run(r->threads, model_mix_token, r, r->batch->n);         /* y [n][n_embd] */
 }
@@ -6528,7 +6534,7 @@ static void model_latent_token(void *ctx, int64_t t, int thread) {
         if (!m->by_head) continue;
         memcpy(r->heads + ((int64_t)h * n + t) * nope, q, (size_t)nope * sizeof *q);
         memcpy(r->q + (t * m->n_head + h) * m->head_dim + m->n_latent, q + nope, (size_t)m->n_rot * sizeof *q);
-        r->k->quantise(&r->expert_act[h], 1u << r->layer->k_heads.format->kind, (int)t);
+        r->k->quantise(&r->group_act[h], 1u << r->layer->k_heads.format->kind, (int)t);
     }
     if (m->by_head) return;
     memcpy(r->q + t * m->n_head * m->k_len, r->heads_out + t * m->n_head * m->k_len, (size_t)(m->n_head * m->k_len) * sizeof *q);
@@ -6570,7 +6576,7 @@ static void model_latent_unpad(void *ctx, int64_t t, int thread) {
         const float *from = r->att + (t * m->n_head + h) * m->head_dim;
         if (m->by_head) {
             memcpy(r->heads + ((int64_t)h * r->batch->n + t) * m->n_latent, from, (size_t)m->n_latent * sizeof *from);
-            r->k->quantise(&r->expert_act[h], 1u << r->layer->v_heads.format->kind, (int)t);
+            r->k->quantise(&r->group_act[h], 1u << r->layer->v_heads.format->kind, (int)t);
         } else memcpy(r->heads + (t * m->n_head + h) * m->v_len, from, (size_t)m->v_len * sizeof *from);
     }
 }
@@ -6583,28 +6589,10 @@ static void model_latent_gather(void *ctx, int64_t t, int thread) { /* heads_out
         memcpy(r->heads + (t * m->n_head + h) * m->v_len, r->heads_out + ((int64_t)h * r->batch->n + t) * m->v_len, (size_t)m->v_len * sizeof(float));
 }
 
-/* The inputs x [n_head][n_tok][n] of the heads' matrices. */
-static void model_head_input(model_run *r, const float *x, int64_t n, int n_tok) {
-    int64_t blocks = (n + 255) / 256 * n_tok;
-    for (int h = 0; h < r->m->n_head; h++) {
-        mat_act a = {x + (int64_t)h * n_tok * n, r->act.blocks + h * blocks, r->act.super + h * blocks, n, n_tok};
-        r->expert_act[h] = a;
-    }
-}
-
-static void model_head_products(model_run *r, const model_matrix *w, float *out) {
-    int64_t rows = w->rows / r->m->n_head;
-    for (int h = 0; h < r->m->n_head; h++) {
-        mat_product p = {w->format, w->data + (size_t)(h * rows) * quant_row_bytes(w->format, w->n), &r->expert_act[h],
-                         out + h * rows * r->expert_act[h].n_tok, rows};
-        r->product[r->n_products++] = p;
-    }
-    model_multiply(r);
-}
-
 static void model_run_latent(model_run *r, int n) {
     const model *m = r->m;
     const model_layer *l = r->layer;
+    for (int h = 0; m->by_head && h <= m->n_head; h++) r->first_slot[h] = h * n;
     model_product(r, &l->q, r->heads_out);                         /* heads_out [n][n_head * k_len]: queries */
     model_product(r, &l->q_a, r->heads);                           /* or heads [n][n_q_rank] */
     model_product(r, &l->kv_a, r->latent);                         /* latent [n][n_latent + n_rot] */
@@ -6615,17 +6603,19 @@ static void model_run_latent(model_run *r, int n) {
         model_product(r, &l->q_b, r->heads_out);
         model_multiply(r);
     }
-    if (m->by_head) model_head_input(r, r->heads, m->k_len - m->n_rot, n);
+    if (m->by_head) model_group_input(r, m->n_head, r->heads, m->k_len - m->n_rot);
     else model_input(r, r->att, m->n_latent, n);
     pool_run(r->threads, model_latent_token, r, n);
-    if (m->by_head) model_head_products(r, &l->k_heads, r->heads_out); /* heads_out [n_head][n][n_latent] */
-    else model_product(r, &l->kv_b, r->heads), model_multiply(r);  /* heads [n][n_head][k_len - n_rot + v_len] */
+    if (m->by_head) model_group_products(r, m->n_head, &l->k_heads, r->heads_out); /* heads_out [n_head][n][n_latent] */
+    else model_product(r, &l->kv_b, r->heads);                     /* heads [n][n_head][k_len - n_rot + v_len] */
+    model_multiply(r);
     pool_run(r->threads, model_latent_store, r, n);
     model_attend(r);                                               /* att [n][n_head * head_dim] */
-    if (m->by_head) model_head_input(r, r->heads, m->n_latent, n);
+    if (m->by_head) model_group_input(r, m->n_head, r->heads, m->n_latent);
     pool_run(r->threads, model_latent_unpad, r, n);
     if (!m->by_head) return;
-    model_head_products(r, &l->v_heads, r->heads_out);             /* heads_out [n_head][n][v_len] */
+    model_group_products(r, m->n_head, &l->v_heads, r->heads_out); /* heads_out [n_head][n][v_len] */
+    model_multiply(r);
     pool_run(r->threads, model_latent_gather, r, n);
 }
 
@@ -11139,7 +11129,7 @@ typedef struct {
     pool threads;
     kv_pool kv;
     model_run run;
-    int n_ctx, chunk;
+    int chunk;
 } cli_run;
 
 static void cli_run_close(cli_run *r) {
@@ -11164,7 +11154,7 @@ static int cli_run_open(cli_run *r, const cli_settings *c, int n_ctx, int longes
         return cli_fail(err), 0;
     }
     model_use_context(r->m, (int)c->context);
-    r->n_ctx = n_ctx, r->chunk = c->chunk ? (int)c->chunk : MODEL_CHUNK;
+    r->chunk = c->chunk ? (int)c->chunk : MODEL_CHUNK;
     int batch = r->chunk > min_batch ? r->chunk : min_batch;
     pool_start(&r->threads, c->threads ? (int)c->threads : sys_default_threads(&reason));
     lorch_options o;

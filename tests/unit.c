@@ -668,6 +668,95 @@ static void test_kernel_definitions(void) {
     }
 }
 
+/* What a feed-forward layer does with its inputs, by the formulas of enum mat_activation. */
+static double activated(enum mat_activation a, double g, double u, int gated) {
+    if (a == MAT_SWIGLU7) g = g < 7 ? g : 7, u = (u < -7 ? -7 : u > 7 ? 7 : u) + 1;
+    double sigmoid = 1 / (1 + exp(-(a == MAT_SWIGLU7 ? 1.702 * g : g))), phi = 0.5 * (1 + tanh(sqrt(2 / acos(-1.0)) * (g + 0.044715 * g * g * g)));
+    return g * (a == MAT_GELU ? phi : sigmoid) * (gated ? u : 1);
+}
+
+static void test_kernel_formulas(void) {
+    const mat_kernels *k = mat_levels[0];
+    rng r = {11};
+    enum { N = 203 };
+    float x[N], y[N], out[N];
+    double mean = 0, variance = 0;
+    for (int i = 0; i < N; i++) x[i] = 3 * rng_small(&r), y[i] = 3 * rng_small(&r), mean += (double)x[i] / N;
+    for (int i = 0; i < N; i++) variance += ((double)x[i] - mean) * ((double)x[i] - mean) / N;
+    k->layer_norm(out, x, y, N, 1e-5f);
+    for (int i = 0; i < N; i++) {
+        double want = ((double)x[i] - mean) / sqrt(variance + 1e-5) * (double)y[i];
+        CHECK(fabs((double)out[i] - want) < 1e-5, "layer_norm %d: %g, not %g", i, (double)out[i], want);
+    }
+    static const enum mat_activation kinds[] = {MAT_SILU, MAT_GELU, MAT_SWIGLU7};
+    for (int kind = 0; kind < 3; kind++)
+        for (int gated = kinds[kind] == MAT_SWIGLU7; gated < 2; gated++) {
+            memcpy(out, x, sizeof x);
+            k->activate(kinds[kind], out, gated ? y : NULL, N);
+            for (int i = 0; i < N; i++) {
+                double want = activated(kinds[kind], (double)x[i], (double)y[i], gated);
+                CHECK(fabs((double)out[i] - want) < 2e-5 * (1 + fabs(want)), "activation %d, gated %d, of %g, %g: %g, not %g", kind, gated, (double)x[i],
+                      (double)y[i], (double)out[i], want);
+            }
+        }
+    memcpy(out, x, sizeof x);
+    k->cap(out, N, 5);
+    for (int i = 0; i < N; i++) CHECK(fabs((double)out[i] - 5 * tanh((double)x[i] / 5)) < 1e-5, "cap %d: %g", i, (double)out[i]);
+}
+
+enum { NAIVE_HEADS = 4, NAIVE_DIM = 24, NAIVE_LENGTH = 150 };
+
+/* Attention of one head of the last token over `length` positions, one after the other, in double precision. */
+static void naive_attention(const mat_attention *a, const float *q, const float *key, const float *value, int head, double *out) {
+    double score[NAIVE_LENGTH], most = a->sinks ? (double)a->sinks[head] : -1e300, sum;
+    int from = a->window && NAIVE_LENGTH > a->window ? NAIVE_LENGTH - a->window : 0;
+    for (int t = from; t < NAIVE_LENGTH; t++) {
+        score[t] = 0;
+        for (int d = 0; d < NAIVE_DIM; d++) score[t] += (double)q[head * NAIVE_DIM + d] * (double)key[(t * 2 + head / 2) * NAIVE_DIM + d];
+        score[t] *= (double)a->scale;
+        if (a->cap > 0) score[t] = (double)a->cap * tanh(score[t] / (double)a->cap);
+        if (score[t] > most) most = score[t];
+    }
+    sum = a->sinks ? exp((double)a->sinks[head] - most) : 0;
+    for (int d = 0; d < NAIVE_DIM; d++) out[d] = 0;
+    for (int t = from; t < NAIVE_LENGTH; t++) {
+        double weight = exp(score[t] - most);
+        sum += weight;
+        for (int d = 0; d < NAIVE_DIM; d++) out[d] += weight * (double)value[(t * 2 + head / 2) * NAIVE_DIM + d];
+    }
+    for (int d = 0; d < NAIVE_DIM; d++) out[d] /= sum;
+}
+
+static void test_kernel_attention(void) {
+    static const float sinks[NAIVE_HEADS] = {0.5f, -1, 2, 0};
+    static float q[NAIVE_HEADS * NAIVE_DIM], key[NAIVE_LENGTH * 2 * NAIVE_DIM], value[NAIVE_LENGTH * 2 * NAIVE_DIM], out[NAIVE_HEADS * NAIVE_DIM];
+    const mat_kernels *k = mat_levels[0];
+    size_t head_bytes = mat_head_bytes(NAIVE_DIM, MAT_KV_F32), scratch_bytes = mat_attention_scratch(NAIVE_HEADS, 2, NAIVE_DIM);
+    char *cache = calloc(3 * 2, head_bytes), *scratch = sys_pages(scratch_bytes);
+    const uint32_t block[3] = {2, 0, 1}, *blocks = block;
+    const int32_t pos = NAIVE_LENGTH - 1, group[2] = {0, 1};
+    rng r = {12};
+    for (size_t i = 0; i < sizeof q / sizeof *q; i++) q[i] = rng_small(&r);
+    for (size_t i = 0; i < sizeof key / sizeof *key; i++) key[i] = rng_small(&r), value[i] = rng_small(&r);
+    for (int t = 0; t < NAIVE_LENGTH; t++)
+        for (int h = 0; h < 2; h++)
+            k->store(cache + (block[t / KV_BLOCK] * 2 + (size_t)h) * head_bytes, key + (t * 2 + h) * NAIVE_DIM, value + (t * 2 + h) * NAIVE_DIM, t % KV_BLOCK,
+                     NAIVE_DIM, MAT_KV_F32);
+    for (int kind = 0; kind < 8; kind++) {
+        mat_attention a = {q, out, &pos, &blocks, group, cache, 2 * head_bytes, head_bytes, MAT_KV_F32, NAIVE_HEADS, 2, NAIVE_DIM, 0.2f,
+                           kind & 1 ? 70 : 0, kind & 2 ? 3.0f : 0, kind & 4 ? sinks : NULL};
+        for (int h = 0; h < 2; h++) k->attend(&a, 0, h, scratch);
+        for (int h = 0; h < NAIVE_HEADS; h++) {
+            double want[NAIVE_DIM];
+            naive_attention(&a, q, key, value, h, want);
+            for (int d = 0; d < NAIVE_DIM; d++)
+                CHECK(fabs((double)out[h * NAIVE_DIM + d] - want[d]) < 1e-5, "attention, kind %d, head %d, %d: %g, not %g", kind, h, d,
+                      (double)out[h * NAIVE_DIM + d], want[d]);
+        }
+    }
+    free(cache), sys_pages_free(scratch, scratch_bytes);
+}
+
 static void test_kernel_choice(void) {
     char err[256] = "";
     setenv("LORCH_SIMD", "scalar", 1);
@@ -1456,6 +1545,8 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     {"formats: activations", test_quant_activations},
     {"formats: the dot product", test_quant_dot},
     {"kernels: definitions", test_kernel_definitions},
+    {"kernels: norms, activations and caps by their formulas", test_kernel_formulas},
+    {"kernels: attention with windows, caps and sinks, by the naive loop", test_kernel_attention},
     {"kernels: choice of a level", test_kernel_choice},
     {"kernels: products equal the naive loop", test_kernel_products},
     {"kernels: products of random shapes", test_kernel_shapes},
