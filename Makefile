@@ -25,6 +25,10 @@ run: lorch
 test:
 	./test.sh
 
+# How much of the parsers the tests reach, by gcc and gcov.
+coverage:
+	tests/coverage.sh
+
 bench: lorch
 	tests/bench.sh
 	tests/bench_engine.sh
@@ -67,6 +71,7 @@ help:
 	@echo 'make            build ./lorch (CC, CFLAGS)'
 	@echo 'make run        build, and serve a small model on port 8080 (MODEL, PORT)'
 	@echo 'make test       run all tests: ./test.sh'
+	@echo 'make coverage   which lines and branches of the parsers the tests reach (needs gcc and gcov)'
 	@echo 'make bench      measure speed, beside llama.cpp where it is at hand: tests/bench.sh, tests/bench_engine.sh'
 	@echo 'make fuzz       hostile bytes for every parser, SECONDS_EACH=300 (needs clang)'
 	@echo 'make soak       a long mixed load, MINUTES=60'
@@ -75,4 +80,4 @@ help:
 	@echo 'make install    into PREFIX, /usr/local by default, below DESTDIR'
 	@echo 'make clean      remove what was built'
 
-.PHONY: run test bench fuzz soak debug asan install clean help
+.PHONY: run test coverage bench fuzz soak debug asan install clean help

@@ -48,6 +48,10 @@
  * What differs between machines: clocks, page cache, memory limits, CPU counts. Also the limits of the
  * program (each with its reason) and the log. Owns the process-wide log settings and nothing else. */
 
+#if !defined __GNUC__ || defined __TINYC__ || (!defined __clang__ && (__GNUC__ < 9 || (__GNUC__ < 11 && defined __x86_64__))) /* 11: AVX-VNNI */
+#error "lorch needs GCC's vector types and atomics: compile it with gcc 11 or later, or with clang"
+#endif
+
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1 /* sched_getaffinity, POLLRDHUP, accept4, getrandom-style calls */
 #endif
@@ -3097,7 +3101,7 @@ LORCH_INLINE void FN(mat_take_super)(FN(mat_sink) *o, int type, const char *w, s
         LORCH_UNROLL for (int i = 0; i < 8; i++)
             FN(mat_take_nibbles)(o, 2 * i, 2 * i + 1, FN(v_turn)(w + offsetof(quant_iq4_xs, q) + 16 * i, stride), quant_curve);
         break;
-    default: /* Q6_K */
+    default:; /* Q6_K; gcc 11 takes no pragma right after a label */
         LORCH_UNROLL for (int i = 0; i < 4; i++) FN(mat_take_q6_k)(o, i, w, stride);
     }
 }

@@ -223,7 +223,7 @@ test_shape() {
         equal "shape: the top level holds what the design names" "$out" ""
     else skip "shape: the top level holds what the design names" "no git repository"; fi
     out=$(make help | awk '{print $2}' | tr '\n' ' ')
-    equal "shape: make help names every target" "$out" "build run test bench fuzz soak debug asan install clean "
+    equal "shape: make help names every target" "$out" "build run test coverage bench fuzz soak debug asan install clean "
     for word in $($W/lorch --help | grep -oE '^  --[a-z-]+' | sort -u); do
         grep -q -e "[\` ]$word[\` ]" README.md || echo "$word"
     done >$W/undocumented
@@ -390,7 +390,7 @@ test_asan() {
         collect asan_$p
     done
     collect asan_execute
-    if [ -z "${LORCH_TEST_FULL:-}" ]; then skip "asan: unit, engine and embed" "LORCH_TEST_FULL is not set"
+    if [ -z "${LORCH_TEST_FULL:-}" ]; then skip "asan: unit, engine, embed and faults" "LORCH_TEST_FULL is not set"
     else
         # shellcheck disable=SC2086
         compile unit_asan $W/unit_asan "$CC" $SANITIZE -w tests/unit.c -o $W/unit_asan -lpthread -lm
@@ -404,6 +404,11 @@ test_asan() {
         collect asan_unit_asan
         collect asan_engine_asan
         collect asan_embed_asan
+        # Some hundred lives, each of which must leave nothing behind: all calls would take an hour.
+        # shellcheck disable=SC2086
+        compile faults_asan $W/lorch-faults-asan "$CC" $SANITIZE -DLORCH_FAULTS='"tests/faults.h"' lorch.c -o $W/lorch-faults-asan -lpthread -lm
+        launch asan_faults sanitized asan - env -u LORCH_TEST_FULL LORCH_FAULTS=$W/lorch-faults-asan $W/faults
+        collect asan_faults
     fi
     no_reports asan
 }

@@ -93,6 +93,9 @@ static void test_bad_environment(void) {
         check_usage_error(start("--config", path, "--model", tiny_model()), names[i], files[i]);
         remove(path);
     }
+    char *large = memset(mem(65536), '#', 65535), *path = temp_file("large.yaml", large, 65535);
+    check_usage_error(start("--config", path, "--model", tiny_model()), "64 KiB", "a large file");
+    remove(path);
 }
 
 static void test_help_and_version(void) {
@@ -120,7 +123,7 @@ static void test_help_and_version(void) {
 /* Command line over environment over file over default, each shown by a setting of its own. */
 static void test_precedence(void) {
     static const char file[] = "# a comment\nworker-id: from-file\nmodel-ref: \"from-file\"\n"
-                               "queue: 9   # nine\n\nparallel: 3\n";
+                               "queue: 9   # nine\r\n\nparallel: 3";
     char *path = temp_file("good.yaml", file, strlen(file));
     worker *w = ready_worker("LLORCH_WORKER_ID=from-env", "LLORCH_MODEL_REF=from-env",
                              "LLORCH_QUEUE=7", text("LLORCH_CONFIG=%s", path), "--worker-id",
@@ -369,7 +372,8 @@ static void test_callback_answers(void) {
         {"500 200", -1, 2, NULL, NULL},
         {"500 close garbage 201", -1, 4, NULL, NULL}, {"500", 3, 4, NULL, NULL},
         {"404", 3, 4, NULL, NULL}, {"302", 3, 4, NULL, NULL}, {"close", 3, 4, NULL, NULL},
-        {"garbage", 3, 4, NULL, NULL},
+        {"garbage", 3, 4, NULL, NULL}, {"cut", 3, 4, NULL, NULL}, {"reset", 3, 4, NULL, NULL},
+        {"cut reset 999 200", -1, 4, NULL, NULL},
         {"http://localhost:9999/callback", -1, 0, NULL, NULL},
     };
     double begun = now_ms();
@@ -424,27 +428,51 @@ static void test_advertised_uri(void) {
     manager_end(m);
 }
 
-/* Ten seconds of silence count as a refusal. They pass while the other tests run. */
-static worker *patient_worker;
-static manager *silent_manager;
+/* Ten seconds of silence count as a refusal, and so does half an answer. They pass while the
+ * other tests run. */
+enum { SILENT = 2 };
+static worker *patient_worker[SILENT];
+static manager *silent_manager[SILENT];
+
+static worker *start_for(manager *m) {
+    return start("--model", tiny_model(), "--threads", "1", "--callback-url",
+                 text("http://127.0.0.1:%d/r", m->port));
+}
 
 static void test_silence_begin(void) {
-    silent_manager = manager_start("hang 200");
-    patient_worker = start("--model", tiny_model(), "--threads", "1", "--callback-url",
-                           text("http://127.0.0.1:%d/r", silent_manager->port));
-    CHECK(manager_wait(silent_manager, 1, bound_ms(5000)), "no callback");
-    CHECK(worker_ready(patient_worker), "not usable while the callback is unanswered");
-    CHECK(strstr(job_run(patient_worker->port, "'max_tokens':1")->r->body.p, "\"end\""),
-          "takes no job while the callback is unanswered");
+    static const char *const scripts[SILENT] = {"hang 200", "half 200"};
+    for (int i = 0; i < SILENT; i++) {
+        silent_manager[i] = manager_start(scripts[i]);
+        patient_worker[i] = start_for(silent_manager[i]);
+        CHECK(manager_wait(silent_manager[i], 1, bound_ms(5000)), "no callback");
+        CHECK(worker_ready(patient_worker[i]), "not usable while the callback is unanswered");
+        CHECK(strstr(job_run(patient_worker[i]->port, "'max_tokens':1")->r->body.p, "\"end\""),
+              "takes no job while the callback is unanswered");
+    }
 }
 
 static void test_silence_end(void) {
-    if (!silent_manager) SKIP("needs the test that begins the silence");
-    CHECK(manager_wait(silent_manager, 2, bound_ms(14000)), "no second callback");
-    double gap = manager_call(silent_manager, 1).at - manager_call(silent_manager, 0).at;
-    CHECK(gap > 10000 && gap < bound_ms(11500), "retried after %.0f ms", gap);
-    worker_end(patient_worker);
-    manager_end(silent_manager);
+    if (!silent_manager[0]) SKIP("needs the test that begins the silence");
+    for (int i = 0; i < SILENT; i++) {
+        CHECK(manager_wait(silent_manager[i], 2, bound_ms(14000)), "no second callback");
+        double gap = manager_call(silent_manager[i], 1).at - manager_call(silent_manager[i], 0).at;
+        CHECK(gap > 10000 && gap < bound_ms(11500), "retried after %.0f ms", gap);
+        worker_end(patient_worker[i]);
+        manager_end(silent_manager[i]);
+    }
+}
+
+/* A pool manager that does not answer cannot keep the worker from ending. */
+static void test_silence_shutdown(void) {
+    manager *m = manager_start("hang");
+    worker *w = start_for(m);
+    CHECK(manager_wait(m, 1, bound_ms(5000)) && worker_ready(w), "not ready: %s", worker_tail(w));
+    double asked = now_ms();
+    kill(w->pid, SIGTERM);
+    CHECK_NUM(worker_exit(w, bound_ms(2000)), 0, "exit code");
+    CHECK(now_ms() - asked < bound_ms(1000), "it took %.0f ms", now_ms() - asked);
+    worker_drop(w);
+    manager_end(m);
 }
 
 /* ==== Health ================================================================================== */
@@ -978,6 +1006,7 @@ static const test tests[] = {
     {"an open host needs a token or --insecure [SYS-9.1]", test_open_host},
     {"Host and Origin on loopback [SYS-9.1]", test_host_and_origin},
     {"ten seconds of silence count as a refusal [SYS-5.3.1]", test_silence_end},
+    {"an unanswered callback does not delay the end [SYS-7.2]", test_silence_shutdown},
     {"the shared workers end with 0 [SYS-7.2]", test_shared_end},
 };
 

@@ -101,12 +101,86 @@ static void test_poll_memory(void) { each_of("poll", text(":%d", ENOMEM), 4); }
 static void test_clock(void) { each_of("clock", "", 8); }
 static void test_random(void) { each_of("random", "", 3); }
 
+/* ==== Limits of cgroups ======================================================================== */
+
+/* Trees of files like the kernel's, with the limits of a group or of one above it. `want`: NULL, the worker starts;
+ * else a part of the line with which it refuses. */
+typedef struct { const char *path, *text; } cgroup_file;
+typedef struct {
+    const char *name;
+    cgroup_file files[6];
+    const char *want;
+    int threads; /* to which the CPU quota leads; 0: not looked at */
+} cgroup_row;
+
+#define V2 "/sys/fs/cgroup/unit"
+#define V1 "/sys/fs/cgroup/memory/unit"
+static const cgroup_row cgroup_rows[] = {
+    {"v2, no limit", {{"/proc/self/cgroup", "0::/unit\n"}, {V2 "/memory.max", "max\n"}, {V2 "/memory.current", "9000000\n"}}, NULL, 0},
+    {"v2, a large limit", {{"/proc/self/cgroup", "0::/unit\n"}, {V2 "/memory.max", "999000000\n"}, {V2 "/memory.current", "9000000\n"}}, NULL, 0},
+    {"v2, a small limit", {{"/proc/self/cgroup", "0::/unit\n"}, {V2 "/memory.max", "2000000\n"}, {V2 "/memory.current", "0\n"}}, "but 2000000 are available", 0},
+    {"v2, a group that is full", {{"/proc/self/cgroup", "0::/unit\n"}, {V2 "/memory.max", "999000000\n"}, {V2 "/memory.current", "998000000\n"}},
+     "but 1000000 are available", 0},
+    {"v2, full of file pages", {{"/proc/self/cgroup", "0::/unit\n"}, {V2 "/memory.max", "999000000\n"}, {V2 "/memory.current", "998000000\n"},
+     {V2 "/memory.stat", "anon 1000000\ninactive_file 997000000\nactive_file 0\n"}}, NULL, 0},
+    {"v2, a limit far above", {{"/proc/self/cgroup", "0::/unit/a/b\n"}, {V2 "/a/b/memory.max", "max\n"}, {V2 "/a/b/memory.current", "0\n"},
+     {V2 "/memory.max", "3000000\n"}, {V2 "/memory.current", "1000000\n"}}, "but 2000000 are available", 0},
+    {"v1, a small limit", {{"/proc/self/cgroup", "7:cpu,cpuacct:/x\n4:memory:/unit\n0::/y\n"}, {V1 "/memory.limit_in_bytes", "2000000\n"},
+     {V1 "/memory.usage_in_bytes", "0\n"}}, "but 2000000 are available", 0},
+    {"v1, full of file pages", {{"/proc/self/cgroup", "4:memory:/unit\n"}, {V1 "/memory.limit_in_bytes", "999000000\n"}, {V1 "/memory.usage_in_bytes", "999000000\n"},
+     {V1 "/memory.stat", "cache 998000000\ntotal_inactive_file 998000000\n"}}, NULL, 0},
+    {"v1, another controller's group", {{"/proc/self/cgroup", "4:cpuset:/unit\n"}, {V1 "/memory.limit_in_bytes", "2000000\n"}, {V1 "/memory.usage_in_bytes", "0\n"}},
+     NULL, 0},
+    {"less than weights and all, use unknown", {{"/proc/self/cgroup", "0::/unit\n"}, {V2 "/memory.max", "3000000\n"}},
+     "do not fit into the 3000000 bytes", 0},
+    {"files that say nothing", {{"/proc/self/cgroup", "0::/unit\nnonsense\n:\n9:\n"}, {V2 "/memory.max", ""},
+     {V2 "/memory.current", "x\n"}, {V2 "/cpu.max", "1\n"}}, NULL, 0},
+    {"v2, half a CPU", {{"/proc/self/cgroup", "0::/unit\n"}, {V2 "/cpu.max", "50000 100000\n"}}, NULL, 1},
+    {"v1, half a CPU", {{"/proc/self/cgroup", "7:cpu,cpuacct:/unit\n"}, {"/sys/fs/cgroup/cpu/unit/cpu.cfs_quota_us", "50000\n"},
+     {"/sys/fs/cgroup/cpu/unit/cpu.cfs_period_us", "100000\n"}}, NULL, 1},
+};
+
+static void cgroup_write(const char *root, const cgroup_file *f) { /* with the directories above it */
+    char *path = text("%s%s", root, f->path);
+    for (char *p = path + 1; *p; p++)
+        if (*p == '/') *p = 0, mkdir(path, 0777), *p = '/';
+    FILE *out = fopen(path, "w");
+    REQUIRE(out, "%s: %s", path, strerror(errno));
+    fputs(f->text, out);
+    fclose(out);
+}
+
+static void test_cgroups(void) {
+    if (!getenv("LORCH_FAULTS")) SKIP("LORCH_FAULTS is not set");
+    for (size_t i = 0; i < COUNT(cgroup_rows); i++) {
+        const cgroup_row *row = &cgroup_rows[i];
+        char *root = text("%s/cgroup-%ld-%zu", env_or("LORCH_REPORTS", "build/test"), (long)getpid(), i);
+        for (int f = 0; f < 6 && row->files[f].path; f++) cgroup_write(root, &row->files[f]);
+        worker *w = process_start(getenv("LORCH_FAULTS"), (const char *const[]){text("LORCH_FAULT_ROOT=%s", root), "--model", tiny_model(),
+                                  "--parallel", "1", row->threads ? NULL : "--threads", "1", NULL});
+        if (row->want) {
+            CHECK_NUM(worker_exit(w, bound_ms(5000)), 1, row->name);
+            CHECK(strstr(worker_log(w), "INSUFFICIENT_MEMORY") && strstr(worker_log(w), row->want), "%s: %s", row->name, worker_tail(w));
+            worker_drop(w);
+        } else {
+            CHECK(worker_ready(w), "%s: not ready: %s", row->name, worker_tail(w));
+            char *loaded = log_event(w, "model_load_complete", 500);
+            REQUIRE(loaded, "%s: %s", row->name, worker_tail(w));
+            if (row->threads) CHECK_NUM(json_num(loaded, "threads"), row->threads, row->name);
+            if (row->threads) CHECK_TEXT(json_str(loaded, "threads_because"), "cgroup CPU quota", row->name);
+            worker_end(w);
+        }
+        CHECK(system(text("rm -rf '%s'", root)) == 0, "%s stays", root);
+    }
+}
+
 static const test tests[] = {
     {"allocations", test_alloc}, {"all allocations from one on", test_alloc_all}, {"mappings", test_map}, {"threads", test_thread},
     {"reads", test_read}, {"reads, interrupted", test_read_eintr}, {"writes", test_write}, {"writes, interrupted", test_write_eintr},
     {"writes, disk full from one on", test_write_full}, {"accept, no descriptors", test_accept}, {"accept, interrupted", test_accept_eintr},
     {"accept, aborted", test_accept_aborted}, {"files and pipes", test_open}, {"sockets", test_socket}, {"poll, interrupted", test_poll},
     {"poll, no memory", test_poll_memory}, {"clocks", test_clock}, {"random numbers", test_random},
+    {"limits of cgroups, in made files", test_cgroups},
 };
 
 int main(int argc, char **argv) {

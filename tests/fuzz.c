@@ -108,6 +108,8 @@ static int plain_utf8(const unsigned char *p, size_t n, uint32_t *cp) {
 
 static void fuzz_utf8(const unsigned char *p, size_t n) {
     int64_t count = 0;
+    uint32_t none;
+    if (utf8_decode((const char *)p, 0, &none) != 0) wrong("no bytes at all are a code point");
     for (size_t i = 0; i < n;) {
         uint32_t a = 0, b = 0;
         char out[4];
@@ -206,9 +208,32 @@ static int gguf_try(size_t n) {
     return m != NULL;
 }
 
+/* Each key, asked for as each type: a value is of one kind alone, but whole numbers are floats as well. */
+static void gguf_ask(void) {
+    char err[LORCH_ERROR_BYTES], key[256];
+    gguf_file *g = gguf_open(fuzz_path, err, sizeof err);
+    for (uint64_t i = 0; g && i < g->n_kv && i < 500; i++) {
+        const gguf_kv *kv = &g->kv[i];
+        if (kv->key.len >= sizeof key || memchr(kv->key.ptr, 0, kv->key.len)) continue;
+        snprintf(key, sizeof key, "%.*s", (int)kv->key.len, kv->key.ptr);
+        uint64_t whole = gguf_get_uint(g, key, 7777);
+        double real = gguf_get_float(g, key, -0.125);
+        int yes = gguf_get_bool(g, key, 2), of_type = 0, kinds = 0;
+        for (int t = 0; t < GGUF_TYPES; t++) of_type += gguf_get_array(g, key, (enum gguf_type)t) != NULL;
+        if (whole != 7777 && real != (double)whole) wrong("%s is %llu or %g", key, (unsigned long long)whole, real);
+        kinds = (real != -0.125) + (yes != 2) + (gguf_get_str(g, key).len > 0) + of_type;
+        if (kinds > 1 || of_type != kv->is_array) wrong("%s has %d kinds, %d of arrays", key, kinds, of_type);
+    }
+    if (g && (gguf_get_uint(g, "not there", 5) != 5 || gguf_get_float(g, "not there", 5) != 5 || gguf_get_bool(g, "not there", 5) != 5 ||
+        gguf_get_str(g, "not there").len || gguf_get_array(g, "not there", GGUF_U8)))
+        wrong("a key that is not there has a value");
+    gguf_close(g);
+}
+
 static void fuzz_gguf(const unsigned char *p, size_t n) {
     gguf_file_of(p, n);
     gguf_try(n);
+    gguf_ask();
 }
 
 /* ==== Tokenizer ================================================================================ */
@@ -620,8 +645,9 @@ static void no_memory(void) {
     }
     report("every allocation of loading a model fails in turn", total);
     static const char *const jobs[] = {
-        "\1\1POST /execute HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\nContent-Length: 74\r\n\r\n"
-        "{\"job_id\":\"a\",\"prompt\":\"x\\u00e9\",\"stop\":[\"a\",\"b\"],\"seed\":-1,\"top_p\":7,\"q\":1}",
+        "\1\1POST /execute HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\nContent-Length: 147\r\n\r\n"
+        "{\"job_id\":\"a\",\"prompt\":\"x\\u00e9\",\"stop\":[\"a\",\"b\"],\"seed\":-1,"
+        "\"top_p\":7.0000000000000000000000000000000000000000000000000000000000000000000001,\"q\":1}",
         "\2\1POST /cancel/a%41 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\nPOST /cancel HTTP/1.1\r\nHost: localhost\r\nContent-Length: 12\r\n\r\n{\"job_id\":1}"};
     total = 0;

@@ -1216,8 +1216,9 @@ static inline const char *stream_code(const stream *s) {
 
 /* ==== Pool manager double ======================================================================
  * Listens for ready callbacks. Its script is a list of words, one per request, the last one for
- * all that follow: a status number; `hang` (never answer), `close` (without an answer), `garbage`
- * (an answer that is not HTTP). At each callback it asks the worker for /health before it answers,
+ * all that follow: a status number; `hang` (never answer), `half` (a part of a status line, and no
+ * more), `cut` (the same, then close), `reset` (a reset instead of an answer), `close` (without an
+ * answer), `garbage` (an answer that is not HTTP). At each callback it asks the worker for /health before it answers,
  * to see whether the server was there first. */
 
 enum { MAX_CALLS = 16 };
@@ -1276,9 +1277,13 @@ static inline int health_status(int port) {
 }
 
 static inline void manager_answer(int fd, const char *word) {
+    struct linger at_once = {1, 0};
     char bytes[256];
+    if (!strcmp(word, "reset")) setsockopt(fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
     if (!strcmp(word, "garbage"))
         snprintf(bytes, sizeof bytes, "SSH-2.0-OpenSSH_9.9\r\n\r\n");
+    else if (!strcmp(word, "half") || !strcmp(word, "cut"))
+        snprintf(bytes, sizeof bytes, "HTTP/1.1 20");
     else if (isdigit((unsigned char)*word))
         snprintf(bytes, sizeof bytes, "HTTP/1.1 %s X\r\nContent-Length: 2\r\n"
                  "Location: http://127.0.0.1:9/\r\nConnection: close\r\n\r\n{}", word);
@@ -1306,7 +1311,7 @@ static inline void *manager_thread(void *arg) {
             m->calls[m->n++] = call;
             pthread_mutex_unlock(&m->lock);
             manager_answer(fd, word);
-            if (!strcmp(word, "hang")) open[n_open++] = fd;
+            if (!strcmp(word, "hang") || !strcmp(word, "half")) open[n_open++] = fd;
             else close(fd);
         }
         pthread_mutex_lock(&m->lock);

@@ -6,7 +6,7 @@
 #
 # Ways: instruction sets, threads, chunks of the prompt, other compilers, optimisation levels, C libraries and machines.
 # By default each pair of instruction set, threads and chunk is tried for each format; with LORCH_TEST_FULL every
-# combination, and the programs that tests/tools.sh has built (musl, 32-bit, arm64), clang's, and gcc's without -O.
+# combination, and the programs that tests/tools.sh has built (musl, 32-bit, arm64, riscv64), clang's, and gcc's without -O.
 
 W=build/test
 B=build/test/same
@@ -129,6 +129,8 @@ if [ -x $W/lorch-arm64 ] && command -v qemu-aarch64 >/dev/null; then
         builds "arm64 $level" env LORCH_SIMD=$level qemu-aarch64 -L /usr/aarch64-linux-gnu $W/lorch-arm64
     done
 else echo "ok - arm64: the same bits in all formats # SKIP tests/tools.sh has not built it"; fi
+if [ -x $W/lorch-riscv64 ] && command -v qemu-riscv64 >/dev/null; then builds riscv64 qemu-riscv64 -L /usr/riscv64-linux-gnu $W/lorch-riscv64
+else echo "ok - riscv64: the same bits in all formats # SKIP tests/tools.sh has not built it"; fi
 
 # ---- x86 CPUs that have less ----
 

@@ -215,23 +215,46 @@ test_i386() { # the headers below asm/ belong to gcc-multilib, which cross compi
     equal "32-bit x86 with -msse2: the same logits" "$(score $W/lorch-sse2)" "$(score "$LORCH")"
 }
 
-test_arm64() {
-    name='arm64: a program'
-    need "$name" aarch64-linux-gnu-gcc qemu-aarch64 && full "$name" || return
-    arm="qemu-aarch64 -L /usr/aarch64-linux-gnu $W/lorch-arm64"
-    out=$(aarch64-linux-gnu-gcc lorch.c -o $W/lorch-arm64 -lpthread -lm 2>&1)
-    equal "$name, without a warning" "$?$out" 0
-    # shellcheck disable=SC2086
-    out=$($arm selftest 2>&1)
-    if [ $? = 0 ]; then ok "arm64: selftest"; else fail "arm64: selftest" "$out"; fi
+# A program of another machine, run by qemu as if it were one of this: builds, agrees, serves.
+test_machine() { # NAME MULTIARCH-TUPLE QEMU'S-NAME [COMPILER'S-FLAG]
+    machine=$1 built=$W/lorch-$1
+    need "$machine: a program" "$2-gcc" "qemu-$3" curl && full "$machine: a program" || return
+    out=$("$2-gcc" ${4:+"$4"} lorch.c -o "$built" -lpthread -lm 2>&1)
+    equal "$machine: a program, without a warning" "$?$out" 0
+    printf '#!/bin/sh\nexec qemu-%s -L /usr/%s %s "$@"\n' "$3" "$2" "$built" >"$built.sh"
+    chmod +x "$built.sh"
+    out=$("$built.sh" selftest 2>&1)
+    if [ $? = 0 ]; then ok "$machine: selftest"; else fail "$machine: selftest" "$out"; fi
     for m in tests/models/*.gguf; do
         MODEL=$m
-        # shellcheck disable=SC2086
-        equal "arm64: the same logits of $(basename "$m" .gguf)" "$(score $arm)" "$(score "$LORCH")"
+        equal "$machine: the same logits of $(basename "$m" .gguf)" "$(score "$built.sh")" "$(score "$LORCH")"
     done
     MODEL=tests/models/lorch-tiny-q8_0.gguf
-    # shellcheck disable=SC2086
-    equal "arm64: the same story" "$(story $arm)" "$(story "$LORCH")"
+    equal "$machine: the same story" "$(story "$built.sh")" "$(story "$LORCH")"
+    native=$LORCH LORCH=$built.sh
+    if serve "$built.log" --model $MODEL; then
+        out=$(curl -sN "$url/execute" -H "$type_json" -d "{\"job_id\":\"$machine\",\"prompt\":\"$STORY\",\"max_tokens\":24,\"temperature\":0}" |
+            sed -n 's/.*"type":"token","t":"\([^"]*\)".*/\1/p' | tr -d '\n')
+        equal "$machine: a worker serves it, too" "$STORY$out" "$(story "$native")"
+        kill $worker
+        wait $worker
+        equal "$machine: the worker ends well" $? 0
+    else fail "$machine: a worker starts" "$(cat "$built.log")"; fi
+    LORCH=$native
+}
+
+# A compiler that lacks what lorch needs says so first, and names those that have it.
+test_compilers() {
+    wish='compile it with gcc 11 or later, or with clang'
+    out=$(gcc -U__GNUC__ -fsyntax-only lorch.c 2>&1 | head -n 1)
+    case $out in *"$wish"*) ok "an unknown compiler is refused, with advice" ;; *) fail "an unknown compiler is refused, with advice" "$out" ;; esac
+    need "tcc is refused, with advice" tcc || return
+    out=$(tcc lorch.c -o $W/lorch-tcc -lpthread -lm 2>&1)
+    case "$? $out" in
+    "0 "*) fail "tcc is refused, with advice" "it builds: $out" ;;
+    *' error: #error '*"$wish"*) equal "tcc is refused, with advice alone" "$(printf '%s\n' "$out" | wc -l)" 1 ;;
+    *) fail "tcc is refused, with advice" "$out" ;;
+    esac
 }
 
 # llama.cpp's libraries come with an npm package, which goes into a directory of its own outside the repository. Sets $bins.
@@ -273,6 +296,39 @@ test_tokens() {
     $W/tokfuzz "$bins" $W "$@" || status=1
 }
 
+# The kernel's own cgroups, where this user may make one: version 1, or 2 where the memory controller is passed on.
+test_cgroup() {
+    name='cgroup: a model that is larger than the limit is refused'
+    group='' size=$(wc -c <"$LORCH_SLOW_MODEL")
+    for top in /sys/fs/cgroup/memory /sys/fs/cgroup; do
+        [ -z "$group" ] && mkdir "$top/lorch-test-$$" 2>/dev/null || continue
+        group=$top/lorch-test-$$
+        for limit in memory.limit_in_bytes memory.max; do [ -w "$group/$limit" ] && break; done
+        [ -w "$group/$limit" ] && break
+        rmdir "$group"
+        group=''
+    done
+    if [ -z "$group" ]; then skip "$name" "no cgroup can be made here"; return; fi
+    inside() { sh -c 'echo $$ >"$0/cgroup.procs" && exec "$@"' "$group" "$@"; }
+    echo $((size / 2)) >"$group/$limit"
+    out=$(inside "$LORCH" --model "$LORCH_SLOW_MODEL" --parallel 1 --threads 1 2>&1)
+    code=$?
+    case "$code $out" in
+    "1 "*INSUFFICIENT_MEMORY*'bytes of this machine or group'*) ok "$name" ;;
+    *) fail "$name" "exit status $code
+$out" ;;
+    esac
+    echo $((size * 2 + 200000000)) >"$group/$limit"
+    out=$(inside "$LORCH" score "$LORCH_SLOW_MODEL" --ids 1,2,3 2>&1 | tail -n 1)
+    equal "cgroup: below a limit that it fits, the same logits" "$out" "$("$LORCH" score "$LORCH_SLOW_MODEL" --ids 1,2,3 2>&1 | tail -n 1)"
+    rmdir "$group"
+}
+
+test_coverage() {
+    full "coverage of the parsers" || return
+    tests/coverage.sh || status=1
+}
+
 test_install() {
     full "make install" || return
     out=$(make -s install DESTDIR="$PWD/$W/dest" PREFIX=/usr 2>&1)
@@ -287,9 +343,13 @@ test_live
 wanted valgrind && test_valgrind
 wanted musl && test_musl
 wanted i386 && test_i386
-wanted arm64 && test_arm64
+wanted arm64 && test_machine arm64 aarch64-linux-gnu aarch64
+wanted riscv64 && test_machine riscv64 riscv64-linux-gnu riscv64 -O1 # without vector instructions -O3 takes five minutes
+wanted compilers && test_compilers
 wanted ggml && test_ggml
 wanted quality && test_quality
 wanted tokens && test_tokens
 wanted install && test_install
+wanted cgroup && test_cgroup
+wanted coverage && test_coverage
 exit $status

@@ -7,6 +7,7 @@
 #include "harness.h"
 
 #include <dirent.h>
+#include <sys/resource.h>
 
 static worker *shared_worker;
 
@@ -462,6 +463,49 @@ static void test_many_connections(void) {
     }
 }
 
+/* A worker that stands still while more clients connect than its listen queue holds (1024): the
+ * system takes some at once, and lets the others try again until it goes on. All are served. */
+static void test_full_queue(void) {
+    enum { MANY = 1400 };
+    static conn *c[MANY];
+    struct sockaddr_in a = {.sin_family = AF_INET};
+    struct rlimit files;
+    getrlimit(RLIMIT_NOFILE, &files);
+    if (files.rlim_max < MANY + 100) SKIP("not enough descriptors");
+    worker *w = ready_worker("--model", tiny_model());
+    files.rlim_cur = files.rlim_cur < MANY + 100 ? MANY + 100 : files.rlim_cur;
+    setrlimit(RLIMIT_NOFILE, &files);
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK), a.sin_port = htons((uint16_t)w->port);
+    kill(w->pid, SIGSTOP);
+    int waiting = 0, served = 0;
+    for (int i = 0; i < MANY; i++) {
+        int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+        bool begun = connect(fd, (struct sockaddr *)&a, sizeof a) == 0 || errno == EINPROGRESS;
+        CHECK(fd >= 0 && begun, "connection %d: %s", i, strerror(errno));
+        c[i] = conn_of(fd);
+    }
+    for (int i = 0; i < MANY; i++) {
+        struct pollfd p = {c[i]->fd, POLLOUT, 0};
+        waiting += poll(&p, 1, 0) == 0;
+    }
+    CHECK(waiting > 0, "%d connections fit in the queue", MANY);
+    kill(w->pid, SIGCONT);
+    CHECK_NUM(get(w->port, "/health")->status, 200, "status of one who comes later");
+    double end = now_ms() + bound_ms(20000);
+    for (int i = 0; i < MANY; i++) {
+        struct pollfd p = {c[i]->fd, POLLOUT, 0};
+        int left = (int)(end - now_ms());
+        if (poll(&p, 1, left > 0 ? left : 0) > 0) {
+            conn_text(c[i], LIVE HOST "Connection: close\r\n\r\n");
+            served += reply_read_as(c[i], false, bound_ms(5000))->status == 200;
+        }
+        conn_close(c[i]);
+    }
+    CHECK_NUM(served, MANY, "connections served");
+    printf("# %d of %d had to wait for a place in the queue\n", waiting, MANY);
+    worker_end(w);
+}
+
 /* ==== JSON conformance ======================================================================== */
 
 /* Of the files whose name begins with i_, on which parsers may differ, lorch takes all numbers,
@@ -555,6 +599,7 @@ static const test tests[] = {
     {"chunk extensions and trailers are limited [SYS-5.5.1]", test_chunk_limits},
     {"slow requests get 408, idle connections end [SYS-5.5.1]", test_timeouts},
     {"300 connections at once [SYS-6.3.8]", test_many_connections},
+    {"more connections at once than the listen queue holds [SYS-6.3.8]", test_full_queue},
     {"the harness reads JSON correctly", test_own_reader},
     {"JSON conformance files as bodies [M0-W-1302]", test_json_bodies},
     {"JSON conformance files as values [M0-W-1302]", test_json_values},
