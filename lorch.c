@@ -2017,7 +2017,8 @@ static void gguf_on_fault(int sig, siginfo_t *info, void *context) {
     (void)context;
     if (g && (uintptr_t)info->si_addr - (uintptr_t)g->map < g->size) {
         if (gguf_last_word) {
-            if (write(STDERR_FILENO, gguf_last_word, strlen(gguf_last_word)) < 0) _exit(1); /* there is nobody to tell */
+            ssize_t n = write(STDERR_FILENO, gguf_last_word, strlen(gguf_last_word));
+            (void)n; /* if it fails, there is nobody to tell */
             _exit(1);
         }
         __atomic_store_n(&g->lost, 1, __ATOMIC_SEQ_CST);

@@ -191,6 +191,8 @@ test_musl() {
     out=$(musl-gcc -static lorch.c -o $W/lorch-musl -lpthread -lm 2>&1)
     equal "musl: a static program, without a warning" "$?$out" 0
     equal "musl: the same logits" "$(score $W/lorch-musl)" "$(score "$LORCH")"
+    musl-gcc -static -Os -s lorch.c -o $W/lorch-small -lpthread -lm
+    equal "musl: with -Os and stripped less than 1 MB" "$(($(wc -c <$W/lorch-small) < 1000000)) $(score $W/lorch-small)" "1 $(score "$LORCH")"
     rm -rf $W/root
     mkdir -p $W/root
     cp $W/lorch-musl $W/root/lorch && cp $MODEL $W/root/m.gguf
