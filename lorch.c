@@ -2027,7 +2027,7 @@ static void gguf_on_fault(int sig, siginfo_t *info, void *context) {
             return;
         }
     }
-    signal(sig, SIG_DFL); /* not ours: it comes again and ends the process */
+    if (signal(sig, SIG_DFL) == SIG_ERR) _exit(128 + sig); /* not ours: it comes again and ends the process, unless the sandbox refuses */
 }
 
 static void gguf_watch(void) { /* for programs with one model: an embedder's signals are its own */

@@ -182,6 +182,17 @@ static void test_file_cut(void) {
     }
 }
 
+/* A SIGBUS that is not the model file's ends the worker, though the sandbox keeps it from giving the signal back. */
+static void test_foreign_fault(void) {
+    need_sandbox();
+    worker *w = ready_worker("--model", tiny_model());
+    if (json_num(health(w->port), "sandbox.seccomp") == 0) SKIP("no list of system calls for this machine");
+    CHECK(health_wait(w->port, "sandbox.seccomp", 2, bound_ms(2000)), "seccomp: %s", health(w->port));
+    kill(w->pid, SIGBUS);
+    CHECK_NUM(worker_exit(w, bound_ms(5000)), 128 + SIGBUS, "exit code");
+    worker_drop(w);
+}
+
 /* A file that is replaced the usual way, by rename or unlink, stays whole for those who have it. */
 static void test_file_removed(void) {
     char *model = copy_model(tiny_model(), "guard-gone.gguf");
@@ -297,6 +308,7 @@ static const test tests[] = {
     {"sandbox: --user", test_user},
     {"a model file that is cut ends the jobs, not the worker", test_file_cut},
     {"a model file that is removed changes nothing", test_file_removed},
+    {"a SIGBUS from elsewhere ends the worker", test_foreign_fault},
     {"secrets: not in memory, environment, arguments or logs [SYS-9.1]", test_secrets},
     {"memory: --max-memory is kept, or refused with the numbers", test_max_memory},
     {"descriptors: accept waits until some are free", test_few_descriptors},
