@@ -2453,7 +2453,7 @@ static int mat_selftest_product(const mat_kernels *k, const quant_format *f, int
 /* A level and a format over shapes with every kind of tail. Returns 0 with err set on the first difference. */
 static int mat_selftest(int level, const quant_format *f, char *err, size_t cap) {
     static const int64_t blocks[] = {1, 3, 8, 9, 18, 24}, rows[] = {1, 16, 23, 96, 130};
-    static const int tokens[] = {1, 2, 3, 7, 13};
+    static const int tokens[] = {1, 2, 3, 4, 7, 8, 13};
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++)
         for (size_t j = 0; j < sizeof rows / sizeof *rows; j++)
             for (size_t k = 0; k < sizeof tokens / sizeof *tokens; k++) {
@@ -3225,7 +3225,7 @@ typedef struct { /* one slice of columns: all tokens meet all tiles */
     FN(mat_tile) *tile; /* [tiles], an even number */
     float *c;           /* [n_tok][MAT_ROWS] */
     const mat_x *x;     /* [n_tok] */
-    const char *line;   /* few tokens: what is fetched while the tiles are filled, in a straight line. Or NULL */
+    const char *line;   /* few tokens: memory sets the pace, and is fastest in a straight line, fetched while tiles are filled. Or NULL */
     const char *ahead;  /* many: the rows' next blocks, fetched while tokens pass: ahead_bytes of each, stride apart. Or NULL */
     size_t stride;
     int tiles, n_tok, blocks, shift, ahead_bytes;
@@ -3307,7 +3307,7 @@ static const FN(mat_routines) FN(mat_routines_of)[QUANT_TYPES] = {
 #undef IF_PAIRED
 };
 
-/* Unpacks the slice for the rows from `row` on, and lets all tokens pass over it. */
+/* Unpacks the slice for the rows from `row` on, and lets all tokens pass over it. Without a line, filling a tile fetches itself. */
 static void FN(mat_slice)(FN(mat_pass) *o, const mat_product *p, int64_t row, int64_t slice) {
     int type = (int)(p->format - quant_formats);
     FN(mat_shape) s = FN(mat_shape_of)(type);
@@ -6064,7 +6064,7 @@ typedef struct {
     char *scratch;              /* [threads][scratch_bytes] of the kernels */
     size_t scratch_bytes;
     int32_t *group;             /* [max_tokens + 1] */
-    mat_act act, *group_act;   /* group_act [n_expert or n_head]: the part of act that lies in each one's slots */
+    mat_act act, *group_act;    /* group_act [n_expert or n_head]: the part of act that lies in each one's slots */
     char *pages;                /* what all of the above lies in */
     size_t bytes;
     const model_batch *batch;   /* of the pass that runs */
@@ -6518,12 +6518,12 @@ static void model_run_experts(model_run *r) {
     model_sort_tokens(r);
     model_group_input(r, r->m->n_expert, r->sorted, r->m->n_embd);
     pool_run(r->threads, model_gather_slot, r, slots);
-    model_group_products(r, r->m->n_expert, &l->gates, r->gate);                  /* gate, up [slots][n_ff_exp] */
+    model_group_products(r, r->m->n_expert, &l->gates, r->gate);   /* gate, up [slots][n_ff_exp] */
     model_group_products(r, r->m->n_expert, &l->ups, r->up);
     model_multiply(r);
     model_group_input(r, r->m->n_expert, r->gate, r->m->n_ff_exp);
     pool_run(r->threads, model_activate_slot, r, slots);
-    model_group_products(r, r->m->n_expert, &l->downs, r->sorted);                /* sorted [slots][n_embd] */
+    model_group_products(r, r->m->n_expert, &l->downs, r->sorted); /* sorted [slots][n_embd] */
     model_multiply(r);
     pool_run(r->threads, model_mix_token, r, r->batch->n);         /* y [n][n_embd] */
 }

@@ -4,9 +4,9 @@
 #   tests/coverage.sh          (make coverage)
 #
 # gcc counts them, in two programs: tests/fuzz.c with its corpus and its failing allocations, and a worker under
-# tests/badgguf.c, tests/contract.c and some of tests/execute.c. Both hold the scalar level alone and are not optimised: then each branch that gcov
-# counts is one of the source, and none comes from inlined or unrolled code. A branch is covered if either program has taken
-# it. Each parser must reach 95% of both. What is not reached must be in the list at the end, with its reason, by function
+# tests/badgguf.c, tests/contract.c and some of tests/execute.c. Both hold the scalar level alone and are not optimised:
+# then each branch that gcov counts is one of the source, and none comes from inlined or unrolled code. A branch is covered
+# if either program has taken it. Each parser must reach 95% of both. What is not reached must be in the list at the end, with its reason, by function
 # and source line; and what is in the list must not be reached. Prints `ok - name`, `not ok - name`, `# ` lines with figures.
 
 W=build/test
