@@ -6750,6 +6750,8 @@ typedef struct {
     uint64_t seed;
 } sample_params;
 
+static int sample_is_greedy(const sample_params *p) { return p->temperature < 1e-30f || p->top_k == 1; }
+
 typedef struct { /* scratch for one vocabulary; each thread that samples has one */
     int n_vocab;
     float *weight;      /* [n_vocab] exp(logit - largest); 0 for what may not be drawn */
@@ -6883,7 +6885,7 @@ static void sample_penalise(float *logits, const int32_t *seen, int n_seen, floa
  * the caller) are never chosen. The logits must otherwise be finite. */
 static int32_t sample_token(sample_work *s, const mat_kernels *k, float *logits, const sample_params *p, uint64_t index) {
     int32_t best = sample_argmax(logits, s->n_vocab);
-    if (p->temperature < 1e-30f || p->top_k == 1) return best; /* what is below would only overflow */
+    if (sample_is_greedy(p)) return best; /* what is below would only overflow */
     for (int i = 0; i < s->n_vocab; i++) logits[i] /= p->temperature;
     k->exp_shifted(s->weight, logits, s->n_vocab, logits[best]);
     for (int i = 0; i < s->n_vocab; i++)
@@ -6950,6 +6952,7 @@ enum {
  * shares its batches with decoding jobs delays their tokens by at most two of them. */
 static const double ENGINE_SLICE_S = 0.020;
 static const double ENGINE_BUSY_S = 2; /* over so many seconds the number of jobs is averaged */
+enum { ENGINE_USUAL = 32 };            /* over so many jobs their size */
 
 typedef struct { /* a token whose event waits until its text is decided */
     int index;
@@ -7043,7 +7046,9 @@ typedef struct { /* a copy of what /health and /metrics show */
     double prefill_rate, decode_rate; /* tokens per second, of one job; 0: not measured yet */
     engine_cost cost;
     double busy;              /* slots in use, over the last seconds */
-    double tokens_per_step;   /* of one job that decodes, drafts that were right included; a moving average */
+    double tokens_per_step[2]; /* of one job that decodes, drafts that were right included: sampled, greedy; moving averages */
+    double usual_prefill, usual_steps; /* of a job: prompt tokens that were computed, batches that decoded; moving averages */
+    int n_left;               /* jobs that have left their slot; counted up to ENGINE_USUAL */
     double jobs_cpu, intake_cpu; /* CPU seconds that jobs were charged with; of these, by intake */
     double kv_used;           /* share of the pool that jobs have reserved */
     int kv_idle_tokens;       /* of finished prompts and outputs that are kept for new jobs */
@@ -7239,10 +7244,12 @@ static double engine_rows_cost(const engine_cost *c, double n) {
     int low = -1, lower = -1, high = -1;
     for (int k = 0; k < COST_KNOTS && high < 0; k++) {
         if (c->seconds[k] <= 0) continue;
-        if (engine_knots[k] <= n) lower = low, low = k;
+        if (engine_knots[k] <= n) low = k;
         else high = k;
     }
     if (low < 0) return high < 0 ? 0 : c->seconds[high];
+    for (int k = 0; engine_knots[k] <= engine_knots[low] / 4; k++) /* beyond them all: near ones would say too little of the slope */
+        if (c->seconds[k] > 0) lower = k;
     int a = high < 0 ? lower : low, b = high < 0 ? low : high; /* the line through these two */
     if (a < 0) return c->seconds[b] * n / engine_knots[b];
     double slope = (c->seconds[b] - c->seconds[a]) / (engine_knots[b] - engine_knots[a]), t = c->seconds[a] + slope * (n - engine_knots[a]);
@@ -7299,20 +7306,18 @@ typedef struct { /* what a job in a slot still needs: prompt tokens, then batche
 } engine_load;
 
 /* The time that passes until one of the slots' jobs changes its state, given how the engine shares itself out: each
- * batch has a row for each job that decodes and some of the prompts, in turns. Where there are fewer than at_least jobs,
- * others that nobody knows yet are taken to decode beside them. */
-static double engine_advance(const engine *e, engine_load *load, int n, int at_least) {
+ * batch has a row for each job that decodes and some of the prompts, in turns. */
+static double engine_advance(const engine *e, engine_load *load, int n) {
     const engine_cost *c = &e->stats.cost;
-    int prefills = 0, decodes = 0, others, together = 0; /* together: all prompts end in the next batch */
+    int prefills = 0, decodes = 0, together = 0; /* together: all prompts end in the next batch */
     double rounds = 1e18, seconds = 0, decode_pos = 0, pos = 0, chunk = 0, left = 0;
     for (int i = 0; i < n; i++) {
         if (load[i].prefill > 0) prefills++, pos += load[i].pos, left += load[i].prefill;
         else if (load[i].decode > 0) decodes++, decode_pos += load[i].pos;
     }
-    others = at_least > prefills + decodes ? at_least - prefills - decodes : 0;
-    double decoding = decodes + others ? engine_rows_cost(c, decodes + others) + c->attend[0] * decode_pos : 0;
+    double decoding = decodes ? engine_rows_cost(c, decodes) + c->attend[0] * decode_pos : 0;
     if (prefills) {
-        chunk = engine_chunk(e, decodes + others, decoding, engine_limit(e, decoding), (int)(pos / prefills));
+        chunk = engine_chunk(e, decodes, decoding, engine_limit(e, decoding), (int)(pos / prefills));
         chunk = chunk > ENGINE_MIN_CHUNK ? chunk : ENGINE_MIN_CHUNK;
         if (chunk >= left) chunk = left, together = 1;
     }
@@ -7329,18 +7334,29 @@ static double engine_advance(const engine *e, engine_load *load, int n, int at_l
         if (load[i].prefill < 1e-6) load[i].prefill = 0;
         if (load[i].decode < 1e-6) load[i].decode = 0;
     }
-    return seconds + (rounds > 1 ? rounds : 1) * engine_rows_cost(c, decodes + others + chunk);
+    return seconds + (rounds > 1 ? rounds : 1) * engine_rows_cost(c, decodes + chunk);
 }
 
 /* A job as the estimate sees it. `cached`: positions that need no computing. */
 static engine_load engine_load_of(const engine *e, const engine_job *j, int cached, int running) {
-    engine_load l = {j->n_prompt - cached, 0, e->stats.tokens_per_step, cached};
+    engine_load l = {j->n_prompt - cached, 0, e->stats.tokens_per_step[sample_is_greedy(&j->sample)], cached};
     if (running && j->state != JOB_PREFILL) l.prefill = 0;
     if (!j->speculate || e->options.no_speculate) l.per_step = 1;
     else if (running && j->n_steps >= 16) l.per_step = (double)j->n_out / j->n_steps;
     l.decode = (j->max_tokens - j->n_out - (j->n_out == 0)) / (l.per_step > 1 ? l.per_step : 1); /* the prompt's last batch gives a token as well */
     if (running && l.decode <= 0 && l.prefill <= 0) l.decode = 0.5; /* it is about to leave */
     return l;
+}
+
+/* What a job takes alone, about. */
+static double engine_load_seconds(const engine *e, const engine_load *l) { return l->prefill / e->stats.prefill_rate + l->decode / e->stats.decode_rate; }
+
+/* Whoever leaves is likely to be followed by another: fills slots with jobs of `size` until as many are taken as were of late. */
+static void engine_follow(const engine *e, engine_load *load, int n, const engine_load *size) {
+    int missing = (int)(e->stats.busy + 0.5);
+    for (int i = 0; i < n; i++) missing -= load[i].prefill > 0 || load[i].decode > 0;
+    for (int i = 0; i < n && missing > 0; i++)
+        if (!(load[i].prefill > 0 || load[i].decode > 0)) load[i] = *size, missing--;
 }
 
 /* Seconds until job j, which comes now, will have ended, by playing the engine's schedule forward from what batches cost;
@@ -7363,10 +7379,16 @@ static double engine_estimate(const engine *e, const engine_job *j, double *wait
         }
         if (mine >= 0 && !j) return now;
         if (mine >= 0) break;
-        now += engine_advance(e, load, n, 0);
+        now += engine_advance(e, load, n);
     }
-    int at_least = (int)(e->stats.busy + 0.5); /* whoever leaves is likely to be followed by another */
-    for (load[mine] = engine_load_of(e, j, j->n_cached, 0); load[mine].prefill > 0 || load[mine].decode > 0;) now += engine_advance(e, load, n, at_least);
+    load[mine] = engine_load_of(e, j, j->n_cached, 0);
+    engine_load others = {e->stats.usual_prefill, e->stats.usual_steps, 1, 0};
+    double alike = engine_load_seconds(e, &others) * 8 / engine_load_seconds(e, &load[mine]);
+    if (alike > 0 && alike < 1) others.prefill /= alike, others.decode /= alike; /* a long job among many short ones: the same work in fewer pieces */
+    while (load[mine].prefill > 0 || load[mine].decode > 0) {
+        engine_follow(e, load, n, &others);
+        now += engine_advance(e, load, n);
+    }
     return now;
 }
 
@@ -7724,6 +7746,9 @@ static void engine_leave_slot(engine *e, engine_job *j) {
     for (int i = 0; i < e->options.n_parallel; i++)
         if (e->running[i] == j) e->running[i] = NULL;
     e->stats.running--;
+    e->stats.n_left += e->stats.n_left < ENGINE_USUAL;
+    engine_average(&e->stats.usual_prefill, (j->n_computed < j->n_prompt ? j->n_computed : j->n_prompt) - j->n_cached, 1.0 / e->stats.n_left);
+    engine_average(&e->stats.usual_steps, j->n_steps, 1.0 / e->stats.n_left);
     engine_kv_stats(e);
     pthread_mutex_unlock(&e->lock);
 }
@@ -7865,29 +7890,47 @@ static int engine_coming(const engine *e, const engine_job *j) {
     return 0;
 }
 
-/* Tokens of prompts, in turns: as many as the batch may take without delaying anybody for too long. */
+static int engine_prompt_left(const engine *e, int slot) { return e->running[slot]->n_prompt - e->running[slot]->n_computed; }
+
+/* The slots whose jobs' prompts want computing, whoever's turn it is first; returns how many. */
+static int engine_waiting_prompts(engine *e, int *slot) {
+    int n = 0;
+    for (int i = 0; i < e->options.n_parallel; i++) {
+        int at = (e->turn + i) % e->options.n_parallel;
+        if (!e->running[at] || e->running[at]->state != JOB_PREFILL) continue;
+        engine_skip_shared(e, e->running[at]);
+        slot[n++] = at;
+    }
+    return n;
+}
+
+/* Tokens of prompts: as many as the batch may take without delaying anybody for too long, in equal shares, of which
+ * the short prompts leave the long ones what they do not need. Where that is too little for all, they take turns. */
 static void engine_add_prompts(engine *e, int decode_positions) {
     const engine_cost *c = &e->stats.cost;
-    int n_parallel = e->options.n_parallel, first = e->turn, taken = 0, decoding = e->n_rows;
+    int waiting[MAX_PARALLEL], n_waiting = engine_waiting_prompts(e, waiting), decoding = e->n_rows;
     double seconds = engine_rows_cost(c, decoding) + c->attend[0] * decode_positions, limit = engine_limit(e, decoding ? seconds : 0);
-    for (int k = 0; k < n_parallel && taken < e->options.chunk; k++) {
-        int slot = (first + k) % n_parallel;
-        engine_job *j = e->running[slot];
-        if (!j || j->state != JOB_PREFILL) continue;
-        engine_skip_shared(e, j);
+    int turns = engine_chunk(e, decoding, seconds, limit, 0) < n_waiting * ENGINE_MIN_CHUNK;
+    int most = decoding + e->options.chunk < e->run.max_tokens ? decoding + e->options.chunk : e->run.max_tokens;
+    for (int i = 1; i < n_waiting && !turns; i++) /* the shortest first */
+        for (int k = i; k > 0 && engine_prompt_left(e, waiting[k]) < engine_prompt_left(e, waiting[k - 1]); k--) {
+            int swap = waiting[k];
+            waiting[k] = waiting[k - 1], waiting[k - 1] = swap;
+        }
+    for (int i = 0; i < n_waiting && e->n_rows < most; i++) {
+        engine_job *j = e->running[waiting[i]];
+        int left = engine_prompt_left(e, waiting[i]), n = engine_chunk(e, e->n_rows, seconds, limit, j->n_computed), share;
         if (engine_coming(e, j)) continue;
-        int left = j->n_prompt - j->n_computed, n = engine_chunk(e, e->n_rows, seconds, limit, j->n_computed), room = e->options.chunk - taken;
-        if (!taken && n < ENGINE_MIN_CHUNK) n = ENGINE_MIN_CHUNK;
-        if (taken && n < left && n < ENGINE_MIN_CHUNK) return;
+        if (e->n_rows == decoding && n < ENGINE_MIN_CHUNK) n = ENGINE_MIN_CHUNK;
+        if (n < left && n < ENGINE_MIN_CHUNK) return;
+        share = n / (n_waiting - i) > ENGINE_MIN_CHUNK ? n / (n_waiting - i) : ENGINE_MIN_CHUNK;
+        n = n < share ? n : share;
         n = n < left ? n : left;
-        n = n < room ? n : room;
-        n = n < e->run.max_tokens - e->n_rows ? n : e->run.max_tokens - e->n_rows;
-        if (n <= 0) return;
+        n = n < most - e->n_rows ? n : most - e->n_rows;
         seconds += engine_rows_cost(c, e->n_rows + n) - engine_rows_cost(c, e->n_rows) + c->attend[1] * engine_positions(j->n_computed, n);
         engine_span *s = engine_add_rows(e, j, n, n == left ? n - 1 : n);
         s->prefill = 1, s->done = n == left;
-        if (!taken) e->turn = slot + 1;
-        taken += n;
+        e->turn = waiting[i] + 1;
     }
 }
 
@@ -8005,7 +8048,7 @@ static void engine_take_span(engine *e, engine_span *s) {
     if (s->broken || !s->n_chosen) return;
     pthread_mutex_lock(&e->lock);
     j->n_drafted += s->n_draft, e->stats.drafted += (uint64_t)s->n_draft;
-    if (!s->prefill) j->n_steps++, engine_average(&e->stats.tokens_per_step, s->n_chosen, 0.005);
+    if (!s->prefill) j->n_steps++, engine_average(&e->stats.tokens_per_step[sample_is_greedy(&j->sample)], s->n_chosen, 0.005);
     pthread_mutex_unlock(&e->lock);
     for (int i = 0; i < s->n_chosen && goes_on; i++) {
         if (!s->prefill) {
@@ -8287,7 +8330,7 @@ static engine *engine_open(model *m, const lorch_options *options, int start, ui
     sys_cond_init(&e->work), sys_cond_init(&e->intake), sys_cond_init(&e->idle);
     engine_progress(e);
     e->salt = sys_random();
-    e->stats.tokens_per_step = 1;
+    e->stats.tokens_per_step[0] = e->stats.tokens_per_step[1] = 1;
     int ok = engine_open_parts(e, err, cap);
     if (ok && start) {
         if (sys_thread(&e->intake_thread, engine_intake_main, e) == 0) e->n_started++;

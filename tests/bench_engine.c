@@ -183,16 +183,22 @@ static void bench_speculation(void) {
 
 /* ==== predictions, deadlines, idle, crowd ===================================================== */
 
+static void print_prediction(const char *what, const sample *error, const sample *bias, const sample *paced) {
+    printf("%d jobs %s: completion is %.1f%% off what was foreseen in the median, %.1f%% at p95; it took %.2f of that. Where the machine's pace then is known: "
+           "%.1f%%, %.1f%%\n", (int)error->n, what, 100 * median(error), 100 * percentile(error, 0.95), median(bias), 100 * median(paced), 100 * percentile(paced, 0.95));
+}
+
 static void bench_predictions(void) {
+    sample error = {0}, bias = {0}, paced = {0};
     for (int clients = 1; clients <= 12; clients = clients == 1 ? 4 : clients * 3) {
         worker *w = open_worker(4, 32);
         dice_state = 6;
         prediction p = predict(w->port, number("JOBS", 500) / 3 + 1, clients, 600, (unsigned)number("TOKENS", 64));
-        printf("%d jobs from %d clients: completion is %.1f%% off what was foreseen in the median, %.1f%% at p95; it took %.2f of that. Where the machine's "
-               "pace then is known: %.1f%%, %.1f%%\n", p.n, clients, 100 * median(&p.error), 100 * percentile(&p.error, 0.95), median(&p.bias), 100 * median(&p.paced),
-               100 * percentile(&p.paced, 0.95));
+        print_prediction(text("from %d clients", clients), &p.error, &p.bias, &p.paced);
+        for (size_t i = 0; i < p.error.n; i++) sample_add(&error, p.error.v[i]), sample_add(&bias, p.bias.v[i]), sample_add(&paced, p.paced.v[i]);
         close_worker(w);
     }
+    print_prediction("in all", &error, &bias, &paced);
 }
 
 static void bench_deadlines(void) {
