@@ -196,9 +196,11 @@ static void bench_predictions(void) {
         prediction p = predict(w->port, number("JOBS", 500) / 3 + 1, clients, 600, (unsigned)number("TOKENS", 64));
         print_prediction(text("from %d clients", clients), &p.error, &p.bias, &p.paced);
         for (size_t i = 0; i < p.error.n; i++) sample_add(&error, p.error.v[i]), sample_add(&bias, p.bias.v[i]), sample_add(&paced, p.paced.v[i]);
-        close_worker(w);
+        worker_drop(w);
+        conns_close();
     }
     print_prediction("in all", &error, &bias, &paced);
+    mem_drop(); /* the samples lived there */
 }
 
 static void bench_deadlines(void) {
