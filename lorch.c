@@ -7306,7 +7306,7 @@ typedef struct { /* what a job in a slot still needs: prompt tokens, then batche
 } engine_load;
 
 /* The time that passes until one of the slots' jobs changes its state, given how the engine shares itself out: each
- * batch has a row for each job that decodes and some of the prompts, in turns. */
+ * batch has a row for each job that decodes and some of the prompts, in equal shares. */
 static double engine_advance(const engine *e, engine_load *load, int n) {
     const engine_cost *c = &e->stats.cost;
     int prefills = 0, decodes = 0, together = 0; /* together: all prompts end in the next batch */
@@ -7878,14 +7878,16 @@ static void engine_skip_shared(engine *e, engine_job *j) {
     pthread_mutex_unlock(&e->lock);
 }
 
-/* Whether the batch computes already what job j needs next, for another one: then j waits and shares it. */
-static int engine_coming(const engine *e, const engine_job *j) {
-    for (int i = 0; i < e->n_spans; i++) {
-        const engine_job *o = e->span[i].job;
-        if (!e->span[i].prefill || o->cache_key != j->cache_key || o->n_computed != j->n_computed) continue;
-        if (j->n_prompt - j->n_computed > KV_BLOCK && e->span[i].n >= KV_BLOCK &&
-            memcmp(o->token + j->n_computed, j->token + j->n_computed, KV_BLOCK * sizeof *j->token) == 0)
-            return 1;
+/* Whether another job is about to compute the block that j needs next: then j waits and shares it. Of two that stand
+ * at the same place, the one in the first slot goes on. */
+static int engine_is_led(const engine *e, int slot) {
+    const engine_job *j = e->running[slot], *o;
+    int end = j->n_computed + KV_BLOCK;
+    if (j->n_computed % KV_BLOCK || end >= j->n_prompt) return 0;
+    for (int i = 0; i < e->options.n_parallel; i++) {
+        if (i == slot || (o = e->running[i]) == NULL || o->state != JOB_PREFILL || o->cache_key != j->cache_key || o->n_prompt < end) continue;
+        if (o->n_computed < j->n_computed + (i > slot) || o->n_computed >= end) continue;
+        if (memcmp(o->token, j->token, (size_t)end * sizeof *j->token) == 0) return 1;
     }
     return 0;
 }
@@ -7895,11 +7897,11 @@ static int engine_prompt_left(const engine *e, int slot) { return e->running[slo
 /* The slots whose jobs' prompts want computing, whoever's turn it is first; returns how many. */
 static int engine_waiting_prompts(engine *e, int *slot) {
     int n = 0;
+    for (int i = 0; i < e->options.n_parallel; i++)
+        if (e->running[i] && e->running[i]->state == JOB_PREFILL) engine_skip_shared(e, e->running[i]);
     for (int i = 0; i < e->options.n_parallel; i++) {
         int at = (e->turn + i) % e->options.n_parallel;
-        if (!e->running[at] || e->running[at]->state != JOB_PREFILL) continue;
-        engine_skip_shared(e, e->running[at]);
-        slot[n++] = at;
+        if (e->running[at] && e->running[at]->state == JOB_PREFILL && !engine_is_led(e, at)) slot[n++] = at;
     }
     return n;
 }
@@ -7920,7 +7922,6 @@ static void engine_add_prompts(engine *e, int decode_positions) {
     for (int i = 0; i < n_waiting && e->n_rows < most; i++) {
         engine_job *j = e->running[waiting[i]];
         int left = engine_prompt_left(e, waiting[i]), n = engine_chunk(e, e->n_rows, seconds, limit, j->n_computed), share;
-        if (engine_coming(e, j)) continue;
         if (e->n_rows == decoding && n < ENGINE_MIN_CHUNK) n = ENGINE_MIN_CHUNK;
         if (n < left && n < ENGINE_MIN_CHUNK) return;
         share = n / (n_waiting - i) > ENGINE_MIN_CHUNK ? n / (n_waiting - i) : ENGINE_MIN_CHUNK;

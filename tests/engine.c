@@ -409,8 +409,8 @@ static void test_chunks(void) {
 }
 
 /* One batch of prompts with these lengths (0: no job; negative: one that decodes), of a machine that takes 20 ms and 1.5 ms a
- * row: what each slot gets. */
-static void share_out(engine *e, const int *left, int *got) {
+ * row: what each slot gets. key: the jobs' cache keys, or NULL: they share nothing. The first job has computed `ahead` tokens more. */
+static void share_out(engine *e, const int *left, const uint64_t *key, int ahead, int *got) {
     static engine_job j[4];
     static uint32_t block[1];
     e->n_spans = e->n_rows = e->n_logits = 0;
@@ -419,8 +419,10 @@ static void share_out(engine *e, const int *left, int *got) {
         e->running[i] = left[i] ? &j[i] : NULL;
         j[i].n_prompt = left[i] > 0 ? left[i] : 1, j[i].n_computed = left[i] < 0, j[i].n_out = left[i] < 0, j[i].max_tokens = 100;
         j[i].state = left[i] < 0 ? JOB_DECODE : JOB_PREFILL;
-        j[i].kv.block = block, j[i].kv.n_published = INT_MAX / KV_BLOCK, j[i].cache_key = (uint64_t)i; /* nothing is shared */
+        j[i].kv.block = block, j[i].kv.n_published = INT_MAX / KV_BLOCK, j[i].cache_key = key ? key[i] : (uint64_t)i;
+        if (i == 0) j[i].n_prompt += ahead, j[i].n_computed += ahead;
         j[i].token = sys_zalloc((size_t)j[i].n_prompt + 1, sizeof *j[i].token);
+        if (key && left[i] == 4999) j[i].token[0] = 1; /* unlike the others */
         got[i] = 0;
     }
     engine_add_decoding(e);
@@ -442,19 +444,26 @@ static void test_shares(void) {
     pthread_mutex_init(&e.lock, NULL);
     for (int k = 0; k < COST_KNOTS; k++) e.stats.cost.seconds[k] = 0.020 + 0.0015 * engine_knots[k];
     e.stats.prefill_rate = 600, e.stats.decode_rate = 45; /* 320 ms hold 200 tokens */
-    share_out(&e, (int[4]){5000, 10, 5000, 30}, got);
+    share_out(&e, (int[4]){5000, 10, 5000, 30}, NULL, 0, got);
     CHECK(got[1] == 10 && got[3] == 30 && abs(got[0] - got[2]) <= 1 && e.n_rows >= 195 && e.n_rows <= 200, "shares: %d %d %d %d", got[0], got[1], got[2], got[3]);
-    share_out(&e, (int[4]){0, 5000, 0, 0}, got);
+    share_out(&e, (int[4]){0, 5000, 0, 0}, NULL, 0, got);
     CHECK(got[1] >= 195 && got[1] <= 200, "a prompt alone: %d", got[1]);
-    share_out(&e, (int[4]){-1, 5000, 4, -1}, got); /* 40 ms hold 26 */
+    share_out(&e, (int[4]){-1, 5000, 4, -1}, NULL, 0, got); /* 40 ms hold 26 */
     CHECK(got[2] == 4 && got[1] >= 20 && got[1] <= 22 && e.n_rows == got[1] + 6, "beside two that decode: %d and %d of %d rows", got[1], got[2], e.n_rows);
+    share_out(&e, (int[4]){5000, 300, 5000, 4999}, (uint64_t[4]){8, 8, 9, 8}, 0, got); /* slot 1 waits for what 0 computes; key and text set 2 and 3 apart */
+    CHECK(got[1] == 0 && got[0] >= 65 && got[0] <= 67 && abs(got[0] - got[2]) <= 1 && abs(got[0] - got[3]) <= 1, "one beginning: %d %d %d %d", got[0], got[1],
+          got[2], got[3]);
+    share_out(&e, (int[4]){5000, 5000, 64, 65}, (uint64_t[4]){8, 8, 8, 8}, KV_BLOCK - 1, got); /* its last token is computed by each job itself */
+    CHECK(got[0] > 100 && got[1] == 0 && got[2] == 64 && got[3] == 0, "one beginning, one ahead: %d %d %d %d", got[0], got[1], got[2], got[3]);
+    share_out(&e, (int[4]){5000, 5000, 0, 0}, (uint64_t[4]){8, 8, 8, 8}, KV_BLOCK, got); /* that block is done, and not shared for some reason */
+    CHECK(got[0] >= 95 && got[1] >= 95, "one beginning, a block ahead: %d %d", got[0], got[1]);
     e.options.chunk = 7; /* of 200 */
-    share_out(&e, (int[4]){5000, 5000, 5000, 5000}, got);
+    share_out(&e, (int[4]){5000, 5000, 5000, 5000}, NULL, 0, got);
     CHECK(e.n_rows == 7, "--chunk 7: %d rows", e.n_rows);
     e.options.chunk = 1000;
     for (int k = 0; k < COST_KNOTS; k++) e.stats.cost.seconds[k] = 0.040 * engine_knots[k]; /* 8 tokens, and two prompts get theirs */
     for (int i = 0; i < 8; i++) {
-        share_out(&e, (int[4]){5000, 6, 5000, 5000}, got);
+        share_out(&e, (int[4]){5000, 6, 5000, 5000}, NULL, 0, got);
         CHECK(e.n_rows >= 4 && e.n_rows <= 8, "a slow machine: %d rows", e.n_rows);
         for (int k = 0; k < 4; k++) served[k] += got[k];
     }

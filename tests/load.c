@@ -259,6 +259,27 @@ static void test_long_prompt(void) {
     CHECK(busy.n > 10 && median(&busy) < median(&calm) + bound_ms(100), "tokens wait %.0f ms instead of %.0f", median(&busy), median(&calm));
 }
 
+/* Jobs with one beginning that come together compute it once, also while another job decodes and batches hold little of prompts. */
+static void test_shared_beginning(void) {
+    NEED_SLOW_MODEL();
+    stream *s[4];
+    dice_state = 14;
+    s[3] = job(slow(), "'prompt':'%s','max_tokens':9000,'ignore_eos':true,'speculate':false", random_letters(20));
+    CHECK(streams_wait(s + 3, 1, 2, bound_ms(20000)), "no tokens");
+    char *beginning = random_letters(1200);
+    for (int i = 0; i < 3; i++) s[i] = job(slow(), "'prompt':'%s%s','max_tokens':2,'ignore_eos':true", beginning, random_letters(20));
+    CHECK(streams_finish(s, 3, bound_ms(60000)), "a job does not end");
+    int first = 0, whole = 0;
+    for (int i = 0; i < 3; i++) {
+        double prompt = json_num(stream_last(s[i]), "prompt_tokens"), cached = json_num(stream_last(s[i]), "cached_tokens");
+        printf("# %.0f of %.0f tokens cached\n", cached, prompt);
+        first += cached <= 0, whole += cached >= prompt - 22 - 64;
+    }
+    CHECK(first == 1 && whole == 2, "%d jobs computed the beginning, %d shared it", first, whole);
+    cancel(slow(), s[3]->job_id);
+    CHECK(streams_finish(s + 3, 1, bound_ms(5000)), "the other job does not end");
+}
+
 static void test_idle(void) {
     double end = now_ms() + bound_ms(20000), ms = 0;
     while (json_type(health(crowd()), "fingerprint") != 's' && now_ms() < end) nap_ms(20);
@@ -311,6 +332,7 @@ static const test tests[] = {
     {"completion is foreseen", test_predictions},
     {"no accepted job overruns its deadline [SYS-7.3]", test_deadlines},
     {"a long prompt delays the tokens of others by little", test_long_prompt},
+    {"jobs with one beginning compute it once", test_shared_beginning},
     {"an idle worker uses no CPU time", test_idle},
     {"a full queue and open connections delay no token", test_crowd},
     {"jobs are charged what the process spends", test_cpu_account},
