@@ -146,6 +146,7 @@ static void bench_prefix(void) {
     printf("a prompt of %.0f tokens alone: first token after %.1f ms\n", json_num(stream_last(s), "prompt_tokens"), token_at(s, 0) - s->sent_at);
     close_worker(w);
     w = open_worker(8, 8);
+    beginning = random_letters(2040);
     stream *six[6], *two[2];
     for (int i = 0; i < 2; i++) two[i] = job(w->port, "'prompt':'%s','max_tokens':15000,'ignore_eos':true,'speculate':false", random_letters(12));
     streams_wait(two, 2, 4, 60000);
