@@ -7303,6 +7303,8 @@ static double engine_limit(const engine *e, double decoding) { return decoding >
 
 typedef struct { /* what a job in a slot still needs: prompt tokens, then batches that decode */
     double prefill, decode, per_step, pos;
+    const engine_job *job;    /* NULL: one that nobody knows yet */
+    int after;                /* 1 + the slot whose prompt this one waits for, since it begins alike; or 0 */
 } engine_load;
 
 /* The time that passes until one of the slots' jobs changes its state, given how the engine shares itself out: each
@@ -7312,6 +7314,7 @@ static double engine_advance(const engine *e, engine_load *load, int n) {
     int prefills = 0, decodes = 0, together = 0; /* together: all prompts end in the next batch */
     double rounds = 1e18, seconds = 0, decode_pos = 0, pos = 0, chunk = 0, left = 0;
     for (int i = 0; i < n; i++) {
+        if (load[i].after) continue;
         if (load[i].prefill > 0) prefills++, pos += load[i].pos, left += load[i].prefill;
         else if (load[i].decode > 0) decodes++, decode_pos += load[i].pos;
     }
@@ -7322,11 +7325,13 @@ static double engine_advance(const engine *e, engine_load *load, int n) {
         if (chunk >= left) chunk = left, together = 1;
     }
     for (int i = 0; i < n; i++) {
+        if (load[i].after) continue;
         double need = load[i].prefill > 0 ? (together ? 1 : load[i].prefill * prefills / chunk) : load[i].decode > 0 ? load[i].decode : 1e18;
         if (need < rounds) rounds = need;
     }
     if (rounds > 1e17) return 0;
     for (int i = 0; i < n; i++) {
+        if (load[i].after) continue;
         double moves = load[i].prefill > 0 ? (together ? load[i].prefill : rounds * chunk / prefills) : load[i].decode > 0 ? rounds * load[i].per_step : 0;
         if (load[i].prefill > 0) seconds += c->attend[1] * moves * (load[i].pos + moves / 2), load[i].prefill -= moves;
         else if (load[i].decode > 0) seconds += c->attend[0] * rounds * (load[i].pos + moves / 2), load[i].decode -= rounds;
@@ -7334,18 +7339,36 @@ static double engine_advance(const engine *e, engine_load *load, int n) {
         if (load[i].prefill < 1e-6) load[i].prefill = 0;
         if (load[i].decode < 1e-6) load[i].decode = 0;
     }
+    for (int i = 0; i < n; i++)
+        if (load[i].after && load[load[i].after - 1].prefill <= 0) load[i].after = 0;
     return seconds + (rounds > 1 ? rounds : 1) * engine_rows_cost(c, decodes + chunk);
 }
 
 /* A job as the estimate sees it. `cached`: positions that need no computing. */
 static engine_load engine_load_of(const engine *e, const engine_job *j, int cached, int running) {
-    engine_load l = {j->n_prompt - cached, 0, e->stats.tokens_per_step[sample_is_greedy(&j->sample)], cached};
+    engine_load l = {j->n_prompt - cached, 0, e->stats.tokens_per_step[sample_is_greedy(&j->sample)], cached, j, 0};
     if (running && j->state != JOB_PREFILL) l.prefill = 0;
     if (!j->speculate || e->options.no_speculate) l.per_step = 1;
     else if (running && j->n_steps >= 16) l.per_step = (double)j->n_out / j->n_steps;
     l.decode = (j->max_tokens - j->n_out - (j->n_out == 0)) / (l.per_step > 1 ? l.per_step : 1); /* the prompt's last batch gives a token as well */
     if (running && l.decode <= 0 && l.prefill <= 0) l.decode = 0.5; /* it is about to leave */
     return l;
+}
+
+/* The job of a slot computes nothing that the prompt of another holds as well: it waits for that one. running: as
+ * engine_is_led decides; otherwise it has just come, so that nobody waits for it. */
+static void engine_share_load(engine_load *load, int n, int slot, int running) {
+    const engine_job *j = load[slot].job, *o;
+    int most = (int)load[slot].pos, leader = -1;
+    if (load[slot].prefill <= 0 || most % KV_BLOCK) return;
+    for (int i = 0; i < n; i++) {
+        if (i == slot || (o = load[i].job) == NULL || o->cache_key != j->cache_key || (running && o->n_computed < j->n_computed + (i > slot))) continue;
+        while (most + KV_BLOCK < j->n_prompt && most + KV_BLOCK <= o->n_prompt && !memcmp(o->token, j->token, (size_t)(most + KV_BLOCK) * sizeof *j->token))
+            most += KV_BLOCK, leader = i;
+    }
+    if (leader < 0) return;
+    load[slot].prefill = j->n_prompt - most, load[slot].pos = most;
+    load[slot].after = load[leader].prefill > 0 ? leader + 1 : 0;
 }
 
 /* What a job takes alone, about. */
@@ -7371,18 +7394,24 @@ static double engine_estimate(const engine *e, const engine_job *j, double *wait
     memset(load, 0, sizeof load);
     for (int i = 0; i < n; i++)
         if (e->running[i]) load[i] = engine_load_of(e, e->running[i], e->running[i]->n_computed, 1);
+    for (int i = 0; i < n; i++) engine_share_load(load, n, i, 1);
     for (;;) {
         for (int i = 0; i < n && mine < 0; i++) {
             if (load[i].prefill > 0 || load[i].decode > 0) continue;
-            if (queued) load[i] = engine_load_of(e, queued, queued->n_cached, 0), queued = queued->next_queued;
-            else mine = i, *wait = now;
+            if (!queued) {
+                mine = i, *wait = now;
+                continue;
+            }
+            load[i] = engine_load_of(e, queued, queued->n_cached, 0), queued = queued->next_queued;
+            engine_share_load(load, n, i, 0);
         }
         if (mine >= 0 && !j) return now;
         if (mine >= 0) break;
         now += engine_advance(e, load, n);
     }
     load[mine] = engine_load_of(e, j, j->n_cached, 0);
-    engine_load others = {e->stats.usual_prefill, e->stats.usual_steps, 1, 0};
+    engine_share_load(load, n, mine, 0);
+    engine_load others = {e->stats.usual_prefill, e->stats.usual_steps, 1, 0, NULL, 0};
     double alike = engine_load_seconds(e, &others) * 8 / engine_load_seconds(e, &load[mine]);
     if (alike > 0 && alike < 1) others.prefill /= alike, others.decode /= alike; /* a long job among many short ones: the same work in fewer pieces */
     while (load[mine].prefill > 0 || load[mine].decode > 0) {

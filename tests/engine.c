@@ -369,6 +369,37 @@ static void test_costs(void) {
     CHECK(c.attend[1] < 4e-7, "attention: %g", c.attend[1]);
 }
 
+/* Jobs with one beginning of 2,048 tokens compute it once, and the estimate knows: beside one that has computed half of it, from
+ * behind one that waits for the same slot's prompt, and with a queue of them. Other texts and other keys share nothing. */
+static void check_shared_estimate(engine *e) {
+    static int32_t text[4][2100];
+    engine_job o[3], j;
+    double wait;
+    memset(o, 0, sizeof o), memset(&j, 0, sizeof j);
+    for (int i = 0; i < 4; i++) text[i][2048] = 1 + i;
+    for (int i = 0; i < 3; i++) o[i].token = text[i], o[i].n_prompt = 2060, o[i].max_tokens = 1, o[i].state = JOB_PREFILL;
+    j.token = text[3], j.n_prompt = 2060, j.max_tokens = 1;
+    double alone = engine_estimate(e, &j, &wait);
+    e->running[2] = &o[0];
+    o[0].n_computed = 1024; /* mid-way */
+    double t = engine_estimate(e, &j, &wait);
+    CHECK(wait <= 0 && t > 0.4 * alone && t < 0.75 * alone, "behind one that has half of it: %g s, alone %g", t, alone);
+    j.cache_key = 1;
+    double apart = engine_estimate(e, &j, &wait);
+    CHECK(apart > 1.3 * alone, "beside one of another key: %g s, alone %g", apart, alone);
+    j.cache_key = 0, text[3][5] = 1;
+    apart = engine_estimate(e, &j, &wait);
+    CHECK(apart > 1.3 * alone, "beside another text: %g s, alone %g", apart, alone);
+    text[3][5] = 0;
+    e->running[0] = &o[1]; /* at the beginning, so that it waits, too */
+    t = engine_estimate(e, &j, &wait);
+    CHECK(t > 0.4 * alone && t < 0.8 * alone, "three of them: %g s, alone %g", t, alone);
+    e->queue_first = &o[2], e->options.n_parallel = 3;
+    t = engine_estimate(e, &j, &wait);
+    CHECK(wait > 0.4 * alone && t > 0.4 * alone && t < 0.85 * alone, "four of them in three slots: %g s, wait %g, alone %g", t, wait, alone);
+    e->running[0] = e->running[2] = e->queue_first = NULL, e->options.n_parallel = 4;
+}
+
 /* What a batch takes on of prompts, from made-up costs of 20 ms and 1.5 ms a row: no layer over a slice; beside jobs that decode,
  * no more than two slices, and even less at far positions. */
 static void test_chunks(void) {
@@ -400,6 +431,7 @@ static void test_chunks(void) {
     CHECK(fabs(longer / 50 / (5000.0 / 100 * among / 50) - 1) < 0.15, "50 times as long among others: %g s, the short one %g", longer, among);
     e.stats.busy = 1;
     CHECK(fabs(engine_estimate(&e, &j, &wait) / (5000 * 0.0215 + want - 100 * 0.0215) - 1) < 0.03, "busy with itself alone");
+    check_shared_estimate(&e);
     /* Measured up to 32 rows only, as when the first job interrupts that: a slip there does not make long prompts free. */
     for (int k = 0; k < COST_KNOTS; k++)
         if (engine_knots[k] > 32 || engine_knots[k] == 2 || engine_knots[k] == 3) e.stats.cost.seconds[k] = 0;
