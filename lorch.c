@@ -7248,7 +7248,7 @@ static double engine_rows_cost(const engine_cost *c, double n) {
         else high = k;
     }
     if (low < 0) return high < 0 ? 0 : c->seconds[high];
-    for (int k = 0; engine_knots[k] <= engine_knots[low] / 4; k++) /* beyond them all: near ones would say too little of the slope */
+    for (int k = 0; high < 0 && engine_knots[k] <= engine_knots[low] / 4; k++) /* beyond them all: near ones would say too little of the slope */
         if (c->seconds[k] > 0) lower = k;
     int a = high < 0 ? lower : low, b = high < 0 ? low : high; /* the line through these two */
     if (a < 0) return c->seconds[b] * n / engine_knots[b];
@@ -7307,6 +7307,8 @@ typedef struct { /* what a job in a slot still needs: prompt tokens, then batche
     int after;                /* 1 + the slot whose prompt this one waits for, since it begins alike; or 0 */
 } engine_load;
 
+static int engine_load_left(const engine_load *l) { return l->prefill > 0 || l->decode > 0; }
+
 /* The time that passes until one of the slots' jobs changes its state, given how the engine shares itself out: each
  * batch has a row for each job that decodes and some of the prompts, in equal shares. */
 static double engine_advance(const engine *e, engine_load *load, int n) {
@@ -7355,16 +7357,25 @@ static engine_load engine_load_of(const engine *e, const engine_job *j, int cach
     return l;
 }
 
-/* The job of a slot computes nothing that the prompt of another holds as well: it waits for that one. running: as
- * engine_is_led decides; otherwise it has just come, so that nobody waits for it. */
+/* Whether j can have o's blocks of the tokens up to `end`: they may share, and from `from` on are alike. j's last token it
+ * computes itself. */
+static int engine_alike(const engine_job *j, const engine_job *o, int from, int end) {
+    return o->cache_key == j->cache_key && end < j->n_prompt && end <= o->n_prompt &&
+           memcmp(o->token + from, j->token + from, (size_t)(end - from) * sizeof *j->token) == 0;
+}
+
+/* Of two jobs that are alike and run, the other leads that has computed more; of two at the same place the one in the first slot. */
+static int engine_leads(const engine_job *o, int at, const engine_job *j, int slot) { return o->n_computed >= j->n_computed + (at > slot); }
+
+/* The job of a slot computes nothing that the prompt of another holds as well: it waits for that one. running: both have
+ * their slots now; otherwise it has just come, so that nobody waits for it. */
 static void engine_share_load(engine_load *load, int n, int slot, int running) {
     const engine_job *j = load[slot].job, *o;
     int most = (int)load[slot].pos, leader = -1;
     if (load[slot].prefill <= 0 || most % KV_BLOCK) return;
     for (int i = 0; i < n; i++) {
-        if (i == slot || (o = load[i].job) == NULL || o->cache_key != j->cache_key || (running && o->n_computed < j->n_computed + (i > slot))) continue;
-        while (most + KV_BLOCK < j->n_prompt && most + KV_BLOCK <= o->n_prompt && !memcmp(o->token, j->token, (size_t)(most + KV_BLOCK) * sizeof *j->token))
-            most += KV_BLOCK, leader = i;
+        if (i == slot || (o = load[i].job) == NULL || (running && !engine_leads(o, i, j, slot))) continue;
+        for (int from = 0; engine_alike(j, o, from, most + KV_BLOCK); from = most) most += KV_BLOCK, leader = i;
     }
     if (leader < 0) return;
     load[slot].prefill = j->n_prompt - most, load[slot].pos = most;
@@ -7377,9 +7388,9 @@ static double engine_load_seconds(const engine *e, const engine_load *l) { retur
 /* Whoever leaves is likely to be followed by another: fills slots with jobs of `size` until as many are taken as were of late. */
 static void engine_follow(const engine *e, engine_load *load, int n, const engine_load *size) {
     int missing = (int)(e->stats.busy + 0.5);
-    for (int i = 0; i < n; i++) missing -= load[i].prefill > 0 || load[i].decode > 0;
+    for (int i = 0; i < n; i++) missing -= engine_load_left(&load[i]);
     for (int i = 0; i < n && missing > 0; i++)
-        if (!(load[i].prefill > 0 || load[i].decode > 0)) load[i] = *size, missing--;
+        if (!engine_load_left(&load[i])) load[i] = *size, missing--;
 }
 
 /* Seconds until job j, which comes now, will have ended, by playing the engine's schedule forward from what batches cost;
@@ -7397,7 +7408,7 @@ static double engine_estimate(const engine *e, const engine_job *j, double *wait
     for (int i = 0; i < n; i++) engine_share_load(load, n, i, 1);
     for (;;) {
         for (int i = 0; i < n && mine < 0; i++) {
-            if (load[i].prefill > 0 || load[i].decode > 0) continue;
+            if (engine_load_left(&load[i])) continue;
             if (!queued) {
                 mine = i, *wait = now;
                 continue;
@@ -7414,7 +7425,7 @@ static double engine_estimate(const engine *e, const engine_job *j, double *wait
     engine_load others = {e->stats.usual_prefill, e->stats.usual_steps, 1, 0, NULL, 0};
     double alike = engine_load_seconds(e, &others) * 8 / engine_load_seconds(e, &load[mine]);
     if (alike > 0 && alike < 1) others.prefill /= alike, others.decode /= alike; /* a long job among many short ones: the same work in fewer pieces */
-    while (load[mine].prefill > 0 || load[mine].decode > 0) {
+    while (engine_load_left(&load[mine])) {
         engine_follow(e, load, n, &others);
         now += engine_advance(e, load, n);
     }
@@ -7907,16 +7918,13 @@ static void engine_skip_shared(engine *e, engine_job *j) {
     pthread_mutex_unlock(&e->lock);
 }
 
-/* Whether another job is about to compute the block that j needs next: then j waits and shares it. Of two that stand
- * at the same place, the one in the first slot goes on. */
+/* Whether another job is about to compute the block that a slot's job needs next: then this one waits and shares it. */
 static int engine_is_led(const engine *e, int slot) {
     const engine_job *j = e->running[slot], *o;
     int end = j->n_computed + KV_BLOCK;
-    if (j->n_computed % KV_BLOCK || end >= j->n_prompt) return 0;
-    for (int i = 0; i < e->options.n_parallel; i++) {
-        if (i == slot || (o = e->running[i]) == NULL || o->state != JOB_PREFILL || o->cache_key != j->cache_key || o->n_prompt < end) continue;
-        if (o->n_computed < j->n_computed + (i > slot) || o->n_computed >= end) continue;
-        if (memcmp(o->token, j->token, (size_t)end * sizeof *j->token) == 0) return 1;
+    for (int i = 0; i < e->options.n_parallel && j->n_computed % KV_BLOCK == 0; i++) {
+        if (i == slot || (o = e->running[i]) == NULL || o->state != JOB_PREFILL || o->n_computed >= end) continue;
+        if (engine_leads(o, i, j, slot) && engine_alike(j, o, 0, end)) return 1;
     }
     return 0;
 }
@@ -7935,19 +7943,22 @@ static int engine_waiting_prompts(engine *e, int *slot) {
     return n;
 }
 
+static void engine_shortest_first(const engine *e, int *slot, int n) {
+    for (int i = 1; i < n; i++)
+        for (int k = i; k > 0 && engine_prompt_left(e, slot[k]) < engine_prompt_left(e, slot[k - 1]); k--) {
+            int swap = slot[k];
+            slot[k] = slot[k - 1], slot[k - 1] = swap;
+        }
+}
+
 /* Tokens of prompts: as many as the batch may take without delaying anybody for too long, in equal shares, of which
  * the short prompts leave the long ones what they do not need. Where that is too little for all, they take turns. */
 static void engine_add_prompts(engine *e, int decode_positions) {
     const engine_cost *c = &e->stats.cost;
     int waiting[MAX_PARALLEL], n_waiting = engine_waiting_prompts(e, waiting), decoding = e->n_rows;
     double seconds = engine_rows_cost(c, decoding) + c->attend[0] * decode_positions, limit = engine_limit(e, decoding ? seconds : 0);
-    int turns = engine_chunk(e, decoding, seconds, limit, 0) < n_waiting * ENGINE_MIN_CHUNK;
     int most = decoding + e->options.chunk < e->run.max_tokens ? decoding + e->options.chunk : e->run.max_tokens;
-    for (int i = 1; i < n_waiting && !turns; i++) /* the shortest first */
-        for (int k = i; k > 0 && engine_prompt_left(e, waiting[k]) < engine_prompt_left(e, waiting[k - 1]); k--) {
-            int swap = waiting[k];
-            waiting[k] = waiting[k - 1], waiting[k - 1] = swap;
-        }
+    if (engine_chunk(e, decoding, seconds, limit, 0) >= n_waiting * ENGINE_MIN_CHUNK) engine_shortest_first(e, waiting, n_waiting);
     for (int i = 0; i < n_waiting && e->n_rows < most; i++) {
         engine_job *j = e->running[waiting[i]];
         int left = engine_prompt_left(e, waiting[i]), n = engine_chunk(e, e->n_rows, seconds, limit, j->n_computed), share;

@@ -131,6 +131,22 @@ static void bench_cancels(void) {
 
 /* ==== prefix: ten jobs with one beginning ===================================================== */
 
+/* Six jobs with one beginning that come at once, while two others decode. */
+static void bench_together(void) {
+    worker *w = open_worker(8, 8);
+    stream *six[6], *two[2];
+    char *beginning = random_letters(2040);
+    for (int i = 0; i < 2; i++) two[i] = job(w->port, "'prompt':'%s','max_tokens':15000,'ignore_eos':true,'speculate':false", random_letters(12));
+    streams_wait(two, 2, 4, 60000);
+    double from = now_ms(), cached = 0;
+    for (int i = 0; i < 6; i++) six[i] = job(w->port, "'prompt':'%s%s','max_tokens':2,'ignore_eos':true", beginning, random_letters(20));
+    streams_finish(six, 6, 600000);
+    double took = now_ms() - from;
+    for (int i = 0; i < 6; i++) cached += json_num(stream_last(six[i]), "cached_tokens");
+    printf("six with one beginning at once, two other jobs decoding: %.0f tokens cached, the last ends after %.1f ms\n", cached, took);
+    close_worker(w);
+}
+
 static void bench_prefix(void) {
     worker *w = open_worker(4, 8);
     dice_state = 4;
@@ -145,18 +161,7 @@ static void bench_prefix(void) {
     stream *s = job_run(w->port, "'prompt':'%s','max_tokens':2,'ignore_eos':true", random_letters(60));
     printf("a prompt of %.0f tokens alone: first token after %.1f ms\n", json_num(stream_last(s), "prompt_tokens"), token_at(s, 0) - s->sent_at);
     close_worker(w);
-    w = open_worker(8, 8);
-    beginning = random_letters(2040);
-    stream *six[6], *two[2];
-    for (int i = 0; i < 2; i++) two[i] = job(w->port, "'prompt':'%s','max_tokens':15000,'ignore_eos':true,'speculate':false", random_letters(12));
-    streams_wait(two, 2, 4, 60000);
-    double from = now_ms(), cached = 0;
-    for (int i = 0; i < 6; i++) six[i] = job(w->port, "'prompt':'%s%s','max_tokens':2,'ignore_eos':true", beginning, random_letters(20));
-    streams_finish(six, 6, 600000);
-    double took = now_ms() - from;
-    for (int i = 0; i < 6; i++) cached += json_num(stream_last(six[i]), "cached_tokens");
-    printf("six of them at once, two other jobs decoding: %.0f tokens cached, the last ends after %.1f ms\n", cached, took);
-    close_worker(w);
+    bench_together();
 }
 
 /* ==== speculation: on text that repeats, and on text that does not ============================ */
