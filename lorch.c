@@ -7958,7 +7958,7 @@ static void engine_add_prompts(engine *e, int decode_positions) {
     int waiting[MAX_PARALLEL], n_waiting = engine_waiting_prompts(e, waiting), decoding = e->n_rows;
     double seconds = engine_rows_cost(c, decoding) + c->attend[0] * decode_positions, limit = engine_limit(e, decoding ? seconds : 0);
     int most = decoding + e->options.chunk < e->run.max_tokens ? decoding + e->options.chunk : e->run.max_tokens;
-    if (engine_chunk(e, decoding, seconds, limit, 0) >= n_waiting * ENGINE_MIN_CHUNK) engine_shortest_first(e, waiting, n_waiting);
+    if (n_waiting > 1 && engine_chunk(e, decoding, seconds, limit, 0) >= n_waiting * ENGINE_MIN_CHUNK) engine_shortest_first(e, waiting, n_waiting);
     for (int i = 0; i < n_waiting && e->n_rows < most; i++) {
         engine_job *j = e->running[waiting[i]];
         int left = engine_prompt_left(e, waiting[i]), n = engine_chunk(e, e->n_rows, seconds, limit, j->n_computed), share;

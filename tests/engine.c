@@ -182,7 +182,7 @@ static void play_round(engine *e, int round, account *a, int drain) {
         random_job(o, &d, round, i);
         if (o->job->has_deadline && roll(&d, 2)) { /* as after the start, when no rate is known: such a job is not refused, and may be late */
             pthread_mutex_lock(&e->lock);
-            e->stats.prefill_rate = 0;
+            e->stats.decode_rate = 0; /* nobody reads this one without the lock */
             pthread_mutex_unlock(&e->lock);
         }
         const engine_error *why = engine_submit(e, o->job);
